@@ -1,0 +1,54 @@
+"""Text without video: conversations for the mixture, and the corpus a small tokenizer is trained on.
+
+In: nothing. Out: annotation items; lines of text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.world.presets import PRESETS, Preset
+from data_pipeline.world.questions import KINDS, choose
+from data_pipeline.world.recipes import SPLITS, Look, make_scene
+from data_pipeline.world.scene import COLOURS, DIGITS, SHAPES
+
+_OPPOSITES = {"left": "right", "right": "left", "up": "down", "down": "up", "first": "last", "yes": "no", "no": "yes"}
+_FACTS: tuple[tuple[str, str], ...] = (
+    *((f"Is {c} a colour or a shape?", "colour") for c in COLOURS),
+    *((f"Is {s} a colour or a shape?", "shape") for s in SHAPES),
+    *((f"What is the opposite of {a}?", b) for a, b in _OPPOSITES.items()),
+    *((f"Which digit comes after {a}?", b) for a, b in zip(DIGITS, DIGITS[1:], strict=False)),
+    *((f"Say {w}.", w) for w in (*COLOURS, *SHAPES)),
+)
+
+
+def text_items(rng: np.random.Generator, number: int) -> list[dict[str, Any]]:
+    """Annotation items with text only: short facts about the world's own words."""
+    return [
+        {"id": f"text_{i:05d}", "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+        for i, (question, answer) in enumerate(_FACTS[int(k)] for k in rng.integers(len(_FACTS), size=number))
+    ]
+
+
+def corpus(preset: str | Preset = "nano", *, scenes: int = 600) -> list[str]:
+    """Lines of text as the model will meet them, for training a small tokenizer. Always the same lines."""
+    preset = PRESETS[preset] if isinstance(preset, str) else preset
+    rng = np.random.default_rng(0)
+    look = Look(contents=preset.contents, written=preset.written)
+    lines = ["You are a helpful assistant.", "system", "user", "assistant"] * 50
+    recipes = list(preset.recipes)
+    for i in range(scenes):
+        scene = make_scene(recipes[i % len(recipes)], seed=0, split=SPLITS[0], index=i, look=look)
+        frames = int(rng.integers(1, 500)) * 4
+        seconds = scene.duration_s if i % 2 else float(rng.uniform(1, 10_000))
+        lines.append(f"The video lasts for {seconds:.2f} seconds, and {frames} frames are uniformly sampled from it.")
+        for question in choose(scene, preset.weights, rng, turns=4, choice_share=preset.choice_share):
+            lines += [question.text, question.answer]
+    for question, answer in _FACTS:
+        lines += [question, answer]
+    for kind in KINDS.values():
+        # A word alone, and the same word inside a sentence, where a space comes before it.
+        lines += [text for answer in kind.answers for text in (answer, f"It is {answer}.")]
+    return lines

@@ -1,0 +1,122 @@
+"""`hico ask`: questions about a video, answered by released, exported or freshly trained weights.
+
+In: the command's options. Out: answers on the terminal, with what each step took, or one JSON object.
+Next: hico_jax/film.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+
+from data_pipeline.frames import Sampling
+from data_pipeline.tokenizer import load_tokenizer
+from flax import nnx
+
+from hico_jax import checkpoint, config, film
+from hico_jax.batch import DropSchedule
+from hico_jax.convert import load
+from hico_jax.generate import GenerationConfig
+from hico_jax.models.hico import HiCo
+
+DEFAULT_MODEL = "runs/demo/model"
+
+
+def main(args: argparse.Namespace) -> int:
+    """Answer every question about one video.
+
+    Raises:
+      ValueError: no weights, an unreadable video, or settings that do not fit the model.
+    """
+    began = time.perf_counter()
+    folder = args.model or DEFAULT_MODEL
+    if args.model is None and not pathlib.Path(folder).is_dir():
+        raise ValueError(
+            f"no model was named and there is none in {folder}; give one with --model, or make one with `hico demo`"
+        )
+    if not os.path.exists(args.video):
+        raise ValueError(f"{args.video}: there is no such file")
+    model, tokenizer_folder = load_model(folder)
+    if args.drop is not None:
+        model = with_drop(model, DropSchedule(*args.drop))
+    tokenizer = load_tokenizer(tokenizer_folder)
+    sampling = film.INFERENCE
+    if args.max_frames is not None:
+        sampling = dataclasses.replace(sampling, max_frames=args.max_frames, min_frames=min(64, args.max_frames))
+    viewer = film.Viewer(model, tokenizer, sampling=whole_clips(sampling, model))
+    load_s = time.perf_counter() - began
+    note = "" if args.json else f"watching {args.video} (the first time compiles) ..."
+    if note:
+        print(note, file=sys.stderr, flush=True)
+    seen = viewer.watch(args.video, start=args.start, end=args.end, reader=args.reader)
+    settings = GenerationConfig(
+        max_new_tokens=args.max_new_tokens, do_sample=args.temperature > 0, temperature=args.temperature or 1.0,
+        top_k=args.top_k, top_p=args.top_p, repetition_penalty=args.repetition_penalty, eos=tokenizer.eos_ids,
+        seed=args.seed,
+    )  # fmt: skip
+    answers = [viewer.ask(seen, question, config=settings) for question in args.questions]
+    if args.json:
+        out = {
+            "video": args.video, "model": folder, "load_s": round(load_s, 3),
+            "answers": [
+                {"question": q, "answer": a.text, **film.timings(seen, a)} for q, a in zip(args.questions, answers, strict=True)
+            ],
+        }  # fmt: skip
+        print(json.dumps(out, indent=2, ensure_ascii=False))
+        return 0
+    for question, answer in zip(args.questions, answers, strict=True):
+        print(f"Q: {question}\nA: {answer.text}")
+    took = film.timings(seen, answers[-1])
+    kept = f" -> {' -> '.join(map(str, took['kept']))} kept" if took["kept"] else ""
+    print(
+        f"{took['frames']} frames of {took['film_s']:g} s; {took['visual_tokens']} visual tokens{kept}; load {load_s:.1f} s, "
+        f"read {took['read_s']:.1f} s, encode {took['encode_s']:.1f} s, answer {took['answer_s']:.1f} s",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def load_model(folder: str | os.PathLike[str]) -> tuple[HiCo, pathlib.Path]:
+    """A model and where its tokenizer is: from released or exported weights, or from the workdir of a training run.
+
+    Raises:
+      ValueError: the folder is neither, or its weights do not fit.
+    """
+    folder = pathlib.Path(folder)
+    path = folder / load.CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {load.CONFIG}; give a folder of released weights, or the workdir of a run")
+    if "model_type" in json.loads(path.read_text()):
+        return load.load(folder).model, folder
+    experiment = config.from_json(path.read_text())
+    graph, state = nnx.split(nnx.eval_shape(lambda: experiment.model.build(rngs=nnx.Rngs(params=0))))
+    found = checkpoint.load_params(str(folder), checkpoint.to_dict(state))
+    return nnx.merge(graph, checkpoint.from_dict(found.params, state)), pathlib.Path(experiment.data.tokenizer)
+
+
+def with_drop(model: HiCo, schedule: DropSchedule) -> HiCo:
+    """The same weights under another schedule of video-level compression."""
+    settings = dataclasses.replace(model.config, drop=schedule)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: settings.build(rngs=nnx.Rngs(params=0))))
+    return nnx.merge(graph, nnx.state(model))
+
+
+def whole_clips(sampling: Sampling, model: HiCo) -> Sampling:
+    """The sampling with limits rounded down to whole clips of the model.
+
+    Raises:
+      ValueError: fewer frames than one clip.
+    """
+    frames = model.config.vision.frames_per_clip
+    most = sampling.max_frames // frames * frames
+    if sampling.max_frames and not most:
+        raise ValueError(f"--max-frames {sampling.max_frames} is less than one clip of {frames} frames")
+    least = min(sampling.min_frames, most) if most else sampling.min_frames
+    return dataclasses.replace(sampling, max_frames=most, min_frames=least // frames * frames)
+
+

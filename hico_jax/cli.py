@@ -1,0 +1,293 @@
+"""The `hico` command: one table of sub-commands, each imported only when it runs.
+
+In: the command line. Out: an exit code (`EXIT_CODES`). Nothing here imports JAX, so help answers at once.
+`train` takes `ml_collections` flags and parses them itself; the others get an `argparse.Namespace`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from hico_jax import __version__
+
+OK, BROKEN, MISUSED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+
+EXIT_CODES = f"""exit codes:
+  {OK:<4} done
+  {BROKEN:<4} something is broken (doctor says what; otherwise a traceback)
+  {MISUSED:<4} a mistake in the command, a path or a configuration; one line on stderr says which
+  {INTERRUPTED:<4} stopped by Ctrl-C
+  {PIPE_CLOSED:<4} whoever read the output closed it (`hico models | head`)
+
+HICO_DEBUG=1 shows the traceback of every error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A sub-command: what help says, its options, and the `module:function` that does the work."""
+
+    target: str  # called with the namespace, or with the raw arguments when `options` is None
+    summary: str
+    options: Callable[[argparse.ArgumentParser], None] | None
+    epilog: str = ""
+    resume: str = "Nothing was kept; run the command again."  # said after Ctrl-C
+    check: Callable[[argparse.Namespace], None] | None = None  # what one option alone cannot tell; raises ValueError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one line, without the usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(MISUSED, f"{self.prog}: {message} (see `{self.prog} --help`)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one sub-command and say how it went as an exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    name = args[0] if args else ""
+    if name and not name.startswith("-") and name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        hint = f"Did you mean `hico {near[0]}`?" if near else "`hico --help` lists them."
+        print(f"hico: there is no command {name!r}. {hint}", file=sys.stderr)
+        return MISUSED
+    try:
+        if name in COMMANDS and COMMANDS[name].options is None:
+            return _pass_through(name, args[1:])
+        parser = make_parser()
+        if not args:
+            parser.print_help()
+            return MISUSED
+        parsed = parser.parse_args(args)
+    except SystemExit as stop:  # argparse has spoken: --help, --version or a mistake
+        return stop.code if isinstance(stop.code, int) else MISUSED
+    return _run(parsed.command, parsed)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of every sub-command."""
+    parser = _Parser(
+        prog="hico",
+        description="VideoChat-Flash in JAX: train, ask and look inside a long-video language model.",
+        epilog=f"Start with `hico demo`: no weights, no accelerator.\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"hico_jax {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        sub = subparsers.add_parser(
+            name,
+            help=command.summary,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            epilog=command.epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if command.options is not None:
+            command.options(sub)
+    return parser
+
+
+def _pass_through(name: str, args: list[str]) -> int:
+    if args in ([], ["-h"], ["--help"]):
+        print(f"usage: hico {name} [FLAGS]\n\n{COMMANDS[name].summary.capitalize()}.\n\n{COMMANDS[name].epilog}")
+        return OK if args else MISUSED
+    return _run(name, args)
+
+
+def _run(name: str, arguments: argparse.Namespace | list[str]) -> int:
+    command = COMMANDS[name]
+    module, function = command.target.split(":")
+    try:
+        if command.check is not None and isinstance(arguments, argparse.Namespace):
+            command.check(arguments)
+        code = getattr(importlib.import_module(module), function)(arguments)
+        sys.stdout.flush()
+        return OK if code is None else int(code)
+    except KeyboardInterrupt:
+        print(f"\nhico {name}: stopped. {command.resume}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again at exit
+        return PIPE_CLOSED
+    except (ValueError, OSError) as error:  # what a user's arguments, files and configuration can cause
+        if os.environ.get("HICO_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"hico {name}: {message}", file=sys.stderr)
+        return MISUSED
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="DIR", default="runs/demo", help="where everything is written (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="fewer videos and steps: about two minutes, a lower score")
+    parser.add_argument("--fresh", action="store_true", help="start over instead of going on from what DIR holds")
+    parser.add_argument("--seed", type=_count, default=0, help="of the videos and of the weights (%(default)s)")
+
+
+def _ask(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("video", metavar="VIDEO", help="a video or an image file, or a folder of frames")
+    parser.add_argument("question", metavar="QUESTION", nargs="?", help="what to ask")
+    parser.add_argument(
+        "-q", "--question", dest="questions", metavar="QUESTION", action="append", default=[],
+        help="the same, or one more about the same video; may be given again",
+    )  # fmt: skip
+    parser.add_argument("--model", metavar="FOLDER", help="released weights, or what training or the demo wrote")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+    seen = parser.add_argument_group("what the model sees")
+    seen.add_argument(
+        "--max-frames", metavar="N", type=_positive, help="at most this many frames (the model's own limit)"
+    )
+    seen.add_argument("--start", metavar="S", type=_seconds, help="seconds into the video to begin at")
+    seen.add_argument("--end", metavar="S", type=_seconds, help="seconds into the video to stop at")
+    seen.add_argument("--reader", metavar="KIND", help="how VIDEO is read; chosen from what it is")
+    seen.add_argument(
+        "--drop", metavar="KIND:LAYERS:RATIOS", type=parse_drop,
+        help="video-level compression, for example uniform0_attention:4,18:1,0.5,0.25; `none` switches it off",
+    )  # fmt: skip
+
+    said = parser.add_argument_group("how it answers")
+    said.add_argument("--max-new-tokens", metavar="N", type=_positive, default=512, help="(%(default)s)")
+    said.add_argument("--temperature", metavar="T", type=_not_negative, default=0.0, help="0 is greedy (%(default)s)")
+    said.add_argument("--top-p", metavar="P", type=_fraction, default=1.0, help="(%(default)s)")
+    said.add_argument("--top-k", metavar="K", type=_count, default=0, help="0 keeps all (%(default)s)")
+    said.add_argument("--repetition-penalty", metavar="R", type=_not_negative, default=1.0, help="(%(default)s)")
+    said.add_argument("--seed", type=_count, default=0, help="of the sampling (%(default)s)")
+
+
+def _check_ask(args: argparse.Namespace) -> None:
+    args.questions = [q for q in (args.question, *args.questions) if q]
+    if not args.questions:
+        raise ValueError('no question was given; for example: hico ask film.mp4 "What happens?"')
+    if args.start is not None and args.end is not None and args.end <= args.start:
+        raise ValueError(f"--end {args.end:g} is not after --start {args.start:g}")
+
+
+def _world(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", metavar="DIR", default="world", help="folder of the videos and annotations (%(default)s)"
+    )
+    parser.add_argument("--preset", metavar="NAME", default="nano", help="how many videos, and which (%(default)s)")
+    parser.add_argument("--seed", type=_count, default=0, help="same seed, same files (%(default)s)")
+    film = parser.add_argument_group("or one long film with something to find in it")
+    film.add_argument("--film", metavar="FILE.mp4", help="write this one film instead")
+    film.add_argument("--seconds", metavar="S", type=_seconds, default=1024.0, help="its length (%(default)s)")
+    film.add_argument("--needle-at", metavar="S", type=_seconds, help="when the card shows (anywhere, by the seed)")
+
+
+def _check_world(args: argparse.Namespace) -> None:
+    if args.film is None and args.needle_at is not None:
+        raise ValueError("--needle-at places a card in one film; name the film with --film FILE.mp4")
+
+
+def _doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def _models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+
+
+def parse_drop(text: str) -> tuple[str, tuple[int, ...], tuple[float, ...]]:
+    """The arguments of `batch.DropSchedule`, which checks what they mean.
+
+    Example:
+      >>> parse_drop("uniform0_attention:4,18:1,0.5,0.25")
+      ('uniform0_attention', (4, 18), (1.0, 0.5, 0.25))
+      >>> parse_drop("none")
+      ('none', (), (1.0,))
+
+    Raises:
+      argparse.ArgumentTypeError: not three parts, or something that is no number.
+    """
+    if text == "none":
+        return "none", (), (1.0,)
+    try:
+        kind, layers, ratios = text.split(":")
+        return kind, tuple(int(n) for n in layers.split(",")), tuple(float(r) for r in ratios.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} does not read as KIND:LAYERS:RATIOS, for example uniform0_attention:4,18:1,0.5,0.25"
+        ) from None
+
+
+def _number(kind: type, fits: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return parse
+
+
+_count = _number(int, lambda n: n >= 0, "a whole number, 0 or more")
+_positive = _number(int, lambda n: n >= 1, "a whole number, 1 or more")
+_seconds = _number(float, lambda s: 0 <= s < float("inf"), "a time in seconds, 0 or more")
+_not_negative = _number(float, lambda x: 0 <= x < float("inf"), "a number, 0 or more")
+_fraction = _number(float, lambda p: 0 < p <= 1, "a number above 0 and at most 1")
+
+TRAIN_HELP = """The configuration is a file; a colon picks a structure, a dot tunes a value:
+
+  hico train --config configs/debug_tiny.py --config.workdir=runs/tiny
+  hico train --config configs/stage3_sft.py:umt_qwen2_7b --config.optim.warmup_steps=500
+
+Each file in configs/ says what to expect and how to run it. The same command again goes on from the last checkpoint.
+`hico train --helpfull` lists every flag of the libraries below."""
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command(
+        "hico_jax.demo:main",
+        "train a small model from nothing, question it, and write a report; no weights, no accelerator",
+        _demo,
+        resume="The same command goes on where it stopped; --fresh starts over.",
+    ),
+    "ask": Command(
+        "hico_jax.ask:main",
+        "ask about a video",
+        _ask,
+        'examples:\n  hico ask film.mp4 "What happens?" --model weights/\n'
+        '  hico ask film.mp4 -q "Who is there?" -q "When do they leave?" --start 60 --end 120',
+        check=_check_ask,
+    ),
+    "train": Command(
+        "hico_jax.train:main",
+        "run a training stage from a configuration file",
+        None,
+        TRAIN_HELP,
+        resume="The same command goes on from the last checkpoint.",
+    ),
+    "world": Command(
+        "hico_jax.world:main",
+        "make videos with known answers, from a seed",
+        _world,
+        resume="The same command goes on where it stopped.",
+        check=_check_world,
+        epilog="examples:\n  hico world --out world --preset quick\n"
+        "  hico world --film long.mp4 --seconds 1024 --needle-at 300",
+    ),
+    "doctor": Command(
+        "hico_jax.doctor:main",
+        "say what this machine has, what works, and how to mend the rest",
+        _doctor,
+        resume="Run it again any time.",
+    ),
+    "models": Command(
+        "hico_jax.catalog:main",
+        "list the models that are known by name",
+        _models,
+        resume="Run it again any time.",
+    ),
+}

@@ -1,0 +1,198 @@
+"""Released weights to our parameters, checked against the model before anything is read.
+
+In: a folder with `config.json` and safetensors in the reference's layout. Out: the configuration, the model, and
+`config.json` as it was, for export. Each tensor is read once and put where it belongs; random weights never exist.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from hico_jax import registry
+from hico_jax.convert import hf_config, safetensors_io
+from hico_jax.convert.rules import Rule, match
+from hico_jax.models import projector
+from hico_jax.models.hico import HiCo, HiCoConfig
+from hico_jax.parallel.sharding import shardings
+
+CONFIG = "config.json"
+
+
+class Loaded(NamedTuple):
+    """A model read from disk."""
+
+    config: HiCoConfig
+    model: HiCo
+    raw: dict[str, Any]  # config.json as it was; give it to `export`
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    activations: str | None = None,
+    mesh: Mesh | None = None,
+) -> Loaded:
+    """Read a checkpoint of the reference, or one that `export` wrote.
+
+    Args:
+      dtype: of parameters; None keeps what the files have.
+      activations: "bfloat16" or "float32"; None follows `config.json`.
+      mesh: where to put the parameters; None is the default device.
+
+    Raises:
+      ValueError: a model that is not supported, a damaged file, or tensors that do not fit; lists all of them.
+    """
+    folder = pathlib.Path(folder)
+    raw = read_config(folder)
+    config = hf_config.from_raw(raw)
+    if activations is not None:
+        config = dataclasses.replace(config, dtype=activations)
+    tensors = safetensors_io.open_tensors(folder)
+    graph, state = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
+    wanted = by_path(state)
+    plan, problems = _plan(wanted, tensors, rules(config))
+    problems += _absent(wanted, plan, rules(config))
+    _raise(problems, f"{folder} does not fit the model that its {CONFIG} describes")
+    places = by_path(shardings(state, mesh)) if mesh is not None else {}
+    values = {path: _read(rule, tensors, leaf, dtype, places.get(path)) for path, (rule, leaf) in plan.items()}
+    return Loaded(config, nnx.merge(graph, _fill(state, values)), raw)
+
+
+def load_into(
+    model: HiCo, sources: Sequence[str | os.PathLike[str]], *, mesh: Mesh | None = None
+) -> tuple[HiCo, tuple[str, ...]]:
+    """The model with the parameters that `sources` hold, and their paths; others keep their values and all their dtype.
+
+    A source may hold a part only: a language model, a tower, a projector. A later source wins.
+
+    Raises:
+      ValueError: a source with no tensor of this model, or with one that does not fit or is only partly there.
+    """
+    graph, state = nnx.split(model)
+    wanted = by_path(state)
+    places = by_path(shardings(state, mesh)) if mesh is not None else {}
+    values: dict[str, jax.Array] = {}
+    for source in sources:
+        tensors = safetensors_io.open_tensors(source)
+        plan, problems = _plan(wanted, tensors, rules(model.config))
+        if not plan and not problems:
+            problems = [f"none of its {len(tensors)} tensors is of this model"]
+        _raise(problems, f"{source} does not fit the model")
+        for path, (rule, leaf) in plan.items():
+            values[path] = _read(rule, tensors, leaf, str(leaf.dtype), places.get(path))
+    return nnx.merge(graph, _fill(state, values)), tuple(values)
+
+
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+    """`config.json` of a folder.
+
+    Raises:
+      ValueError: it is absent or not a JSON object.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give a folder that holds {CONFIG} and its weights")
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds a {type(raw).__name__}, not an object")
+    return raw
+
+
+def rules(config: HiCoConfig) -> tuple[Rule, ...]:
+    """The whole model's table: tower, projector, language model."""
+    return (
+        *registry.VISION[config.vision.arch].TORCH_NAMES,
+        *registry.COMPRESSOR[config.compressor.arch].TORCH_NAMES,
+        *projector.TORCH_NAMES,
+        *registry.LLM[config.llm.arch].TORCH_NAMES,
+    )
+
+
+def by_path(state: Any) -> dict[str, Any]:
+    """The leaves of a model's state by path, joined by `/`."""
+    return {_path(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
+
+
+def _path(keys: Iterable[Any]) -> str:
+    return "/".join(str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey))
+
+
+def _fill(state: Any, values: Mapping[str, jax.Array]) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda keys, leaf: values.get(_path(keys), leaf), state)
+
+
+def _plan(
+    wanted: Mapping[str, Any], tensors: safetensors_io.Tensors, table: Sequence[Rule]
+) -> tuple[dict[str, tuple[Rule, Any]], list[str]]:
+    """Which rule fills which path, and everything wrong with what is there."""
+    found = match(tensors, table)
+    plan: dict[str, tuple[Rule, Any]] = {}
+    problems = [_problem(name, "-", tensors.entries[name].shape, None) for name in tensors if name not in found]
+    for rule in table:
+        present = {name for name, (other, _) in found.items() if other is rule}
+        leaf = wanted.get(rule.path)
+        if leaf is None:  # tied embeddings are sometimes stored twice; other tensors have no place
+            if not rule.optional:
+                problems += [_problem(name, "-", tensors.entries[name].shape, None) for name in sorted(present)]
+            continue
+        if not present:
+            continue
+        layers, shape = (leaf.shape[0], leaf.shape[1:]) if rule.stacked else (1, leaf.shape)
+        expected = rule.torch_shape(shape)
+        names = rule.names(layers)
+        for name in names:
+            shape = tensors.entries[name].shape if name in present else "missing"
+            if shape != expected:
+                problems.append(_problem(name, rule.path, shape, expected))
+        problems += [_problem(n, rule.path, tensors.entries[n].shape, f"{layers} layers") for n in present - set(names)]
+        plan[rule.path] = (rule, leaf)
+    return plan, problems
+
+
+def _absent(wanted: Mapping[str, Any], plan: Mapping[str, Any], table: Sequence[Rule]) -> list[str]:
+    of_path = {rule.path: rule for rule in table}
+    assert set(wanted) <= set(of_path), f"parameters without a torch name: {sorted(set(wanted) - set(of_path))}"
+    out: list[str] = []
+    for path in sorted(set(wanted) - set(plan)):
+        rule, shape = of_path[path], wanted[path].shape
+        shape = rule.torch_shape(shape[1:]) if rule.stacked else rule.torch_shape(shape)
+        out.append(_problem(rule.torch, path, "missing", shape))
+    return out
+
+
+def _problem(name: str, path: str, found: object, expected: object) -> str:
+    return f"{name}  (ours: {path}): found {found}, expected {expected or 'no such tensor'}"
+
+
+def _raise(problems: Sequence[str], what: str) -> None:
+    if problems:
+        raise ValueError(f"{what}; {len(problems)} tensors differ:\n  " + "\n  ".join(problems))
+
+
+def _read(rule: Rule, tensors: safetensors_io.Tensors, leaf: Any, dtype: str | None, place: Any) -> jax.Array:
+    """One parameter on its device. Only this parameter's bytes are in host memory."""
+    names = rule.names(leaf.shape[0] if rule.stacked else 1)
+    sizes = rule.sizes(leaf.shape[1:] if rule.stacked else leaf.shape)
+    widest = max((tensors.entries[name].dtype for name in names), key=lambda d: d.itemsize)
+    host = np.empty(leaf.shape, jnp.dtype(dtype) if dtype else widest)
+    for i, name in enumerate(names):
+        target = host[i] if rule.stacked else host
+        target[...] = rule.to_ours(tensors[name], sizes)
+    if place is None:
+        return jnp.asarray(host)
+    return jax.make_array_from_callback(host.shape, place, lambda index: host[index])

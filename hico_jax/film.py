@@ -1,0 +1,223 @@
+"""Watch a film once, ask about it as often as you like.
+
+In: a path and a model. Out: the film's visual tokens (`Film`), then answers with what each step took. Frames are
+read, resized, encoded and let go a few clips at a time, so memory grows with the film's visual tokens only.
+Next: hico_jax/generate.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from data_pipeline import chat, layout, video
+from data_pipeline.buckets import ladder
+from data_pipeline.frames import Sampling, time_message
+from data_pipeline.tokenizer import Tokenizer
+
+from hico_jax import generate
+from hico_jax.batch import Batch
+from hico_jax.generate import GenerationConfig
+from hico_jax.models.hico import HiCo
+from hico_jax.shapes import Array, Float, Int, UInt8, ndarray
+
+INFERENCE = Sampling("dynamic_fps1", 64, 512, 8)  # what `chat` of the released models uses
+
+
+@dataclasses.dataclass(frozen=True)
+class Film:
+    """A watched film: its visual tokens on the device, and what was seen."""
+
+    path: str
+    visual: Float[Array, "1 S D"]  # padded to a bucket; `num_clips` says how much is real
+    indices: Int[ndarray, " T"]  # which frames were seen
+    fps: float
+    duration_s: float
+    num_clips: int
+    read_s: float  # decoding and resizing
+    encode_s: float  # tower, merging and projector
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.indices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What was said, and what it took."""
+
+    text: str
+    ids: tuple[int, ...]
+    prompt_tokens: int  # text and visual tokens of the row
+    visual_tokens: int
+    kept: tuple[int, ...]  # visual tokens alive after each stage of video-level compression
+    seconds: float  # prefill and decoding
+
+
+class Viewer:
+    """A model, its tokenizer, and how frames are chosen.
+
+    `clips_per_step` clips are encoded at once; it bounds memory and is the one shape the tower is compiled for.
+    """
+
+    def __init__(
+        self, model: HiCo, tokenizer: Tokenizer, *, sampling: Sampling = INFERENCE, clips_per_step: int = 16
+    ) -> None:
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.geometry = model.config.geometry()
+        self.clips_per_step = clips_per_step
+
+    def watch(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        start: float | None = None,
+        end: float | None = None,
+        reader: str | None = None,
+        order: Int[ndarray, " T"] | None = None,
+    ) -> Film:
+        """Read and encode a film, or its part in seconds. `order` permutes the chosen frames, as a control.
+
+        Raises:
+          VideoError: the file cannot be read.
+          ValueError: the frames do not make whole clips, or are more than the model has room for.
+        """
+        info = video.open_video(path, reader)
+        indices, duration = video.choose(info, self.sampling, start=start, end=end)
+        clips = layout.Visual.film(len(indices), self.geometry).num_clips
+        self._check_room(path, clips)
+        read_s, encode_s, parts = 0.0, 0.0, []
+        began = time.perf_counter()
+        for frames in self._chunks(path, indices, order):
+            read_s += time.perf_counter() - began
+            began = time.perf_counter()
+            parts.append(jax.block_until_ready(self._encode(frames)))
+            encode_s += time.perf_counter() - began
+            began = time.perf_counter()
+        per_clip = self.geometry.tokens_per_clip
+        room = ladder(clips, 4) * per_clip
+        visual = jnp.concatenate(parts, axis=1)[:, :room]
+        visual = jnp.pad(visual, ((0, 0), (0, room - visual.shape[1]), (0, 0)))
+        return Film(os.fspath(path), visual, indices, info.fps, duration, clips, read_s, encode_s)
+
+    def _chunks(
+        self, path: str | os.PathLike[str], indices: Int[ndarray, " T"], order: Int[ndarray, " T"] | None
+    ) -> Iterator[UInt8[ndarray, "T height width 3"]]:
+        """Frames of `clips_per_step` clips at a time, in the order the model sees them."""
+        step = self.clips_per_step * self.geometry.frames_per_clip
+        size = (self.geometry.image_px, self.geometry.image_px)
+        if order is None and (np.diff(indices) >= 0).all():
+            yield from video.iter_frames(path, indices, size, step)
+            return
+        wanted = indices if order is None else indices[order]
+        whole = np.argsort(wanted, kind="stable")
+        frames = np.concatenate(list(video.iter_frames(path, wanted[whole], size, step)))
+        shown = np.empty_like(frames)
+        shown[whole] = frames
+        for first in range(0, len(shown), step):
+            yield shown[first : first + step]
+
+    def _encode(self, frames: UInt8[ndarray, "T height width 3"]) -> Float[Array, "1 S D"]:
+        """Visual tokens of a chunk; a short one is padded with black clips, whose tokens are cut off again."""
+        count = len(frames) // self.geometry.frames_per_clip
+        clips = np.zeros((1, self.clips_per_step, self.geometry.frames_per_clip, *frames.shape[1:]), np.uint8)
+        clips[0, :count] = frames.reshape(count, self.geometry.frames_per_clip, *frames.shape[1:])
+        none = np.zeros((1, 0, *frames.shape[1:]), np.uint8)
+        return encode(self.model, clips, none)[:, : count * self.geometry.tokens_per_clip]
+
+    def _check_room(self, path: str | os.PathLike[str], clips: int) -> None:
+        tokens = clips * self.geometry.tokens_per_clip
+        if tokens >= self.geometry.max_length:
+            raise ValueError(
+                f"{os.fspath(path)}: {clips * self.geometry.frames_per_clip} frames make {tokens} visual tokens but the "
+                f"model has room for {self.geometry.max_length}; ask for fewer frames with --max-frames"
+            )
+
+    def ask(
+        self,
+        film: Film | None,
+        question: str,
+        *,
+        history: Sequence[Mapping[str, str]] = (),
+        config: GenerationConfig | None = None,
+    ) -> Answer:
+        """Answer one question; None asks without a film. `history` holds earlier turns as role and content."""
+        return self.ask_many([film], [question], history=history, config=config)[0]
+
+    def ask_many(
+        self,
+        films: Sequence[Film | None],
+        questions: Sequence[str],
+        *,
+        history: Sequence[Mapping[str, str]] = (),
+        config: GenerationConfig | None = None,
+    ) -> list[Answer]:
+        """Answer `questions[b]` about `films[b]`, all in one batch. Films of one size cost least."""
+        config = config or GenerationConfig(eos=self.tokenizer.eos_ids)
+        rows = [self.row(f, q, history) for f, q in zip(films, questions, strict=True)]
+        began = time.perf_counter()
+        made = generate.generate(self.model, self.prompt(rows, films), config)
+        seconds = time.perf_counter() - began
+        answers = []
+        for b, row in enumerate(rows):
+            ids = made.ids[b, : made.lengths[b]].tolist()
+            visual = int((row.slots >= 0).sum())
+            answers.append(
+                Answer(
+                    text=chat.clean_answer(self.tokenizer, ids), ids=tuple(ids), prompt_tokens=len(row),
+                    visual_tokens=visual, kept=self.geometry.drop.kept(visual), seconds=seconds / len(rows),
+                )  # fmt: skip
+            )
+        return answers
+
+    def row(self, film: Film | None, question: str, history: Sequence[Mapping[str, str]] = ()) -> layout.Row:
+        """The prompt of one question: what the released model's `chat` renders."""
+        visuals = []
+        if film is None:
+            turns = [*history, {"role": "user", "content": question}]
+        else:
+            visuals = [layout.Visual(num_clips=film.num_clips)]
+            message = time_message(film.duration_s, film.indices, film.fps)
+            first = history[0]["content"] if history else question
+            asked = {"role": "user", "content": chat.first_question(first, message)}
+            turns = [asked, *history[1:], {"role": "user", "content": question}] if history else [asked]
+        return layout.row(chat.prompt_ids(self.tokenizer, turns), None, visuals, self.geometry)
+
+    def prompt(
+        self, rows: Sequence[layout.Row], films: Sequence[Film | None]
+    ) -> tuple[Batch, Float[Array, "B S D"]]:
+        """Rows and visual tokens padded to a few shapes, so that one compilation serves many questions."""
+        length = min(ladder(max(map(len, rows)), 64), self.geometry.max_length)
+        num_clips = max((ladder(f.num_clips, 4) for f in films if f is not None), default=0)
+        batch = layout.collate(
+            rows, self.geometry, length, num_clips, training=False, pixels=False, drop_multiple=32
+        )  # fmt: skip
+        width = num_clips * self.geometry.tokens_per_clip
+        blank = jnp.zeros((1, width, self.model.config.llm.embed_dim), jnp.dtype(self.model.config.dtype))
+        visual = [
+            blank if f is None else jnp.pad(f.visual, ((0, 0), (0, width - f.visual.shape[1]), (0, 0))) for f in films
+        ]
+        return batch, jnp.concatenate(visual)
+
+
+@jax.jit
+def encode(
+    model: HiCo, clips: UInt8[Array, "B N T height width 3"], images: UInt8[Array, "B I height width 3"]
+) -> Float[Array, "B S D"]:
+    """`HiCo.encode`, compiled once for each shape."""
+    return model.encode(clips, images)
+
+
+def timings(film: Film, answer: Answer) -> dict[str, Any]:
+    """What `hico ask` prints below an answer."""
+    return {
+        "frames": film.num_frames, "film_s": round(film.duration_s, 2), "read_s": round(film.read_s, 3),
+        "encode_s": round(film.encode_s, 3), "visual_tokens": answer.visual_tokens,
+        "kept": list(answer.kept), "answer_s": round(answer.seconds, 3),
+    }  # fmt: skip

@@ -1,0 +1,115 @@
+"""Video-level compression: progressive visual dropout inside the language model (`flash_rank_drop` in the reference).
+
+Between two groups of decoder layers some visual tokens leave. Which ones is either even (decided on the host) or
+by the attention that the questions pay them in the next layer. How many stay is always decided on the host, so
+shapes are static. Pure functions on arrays; `llm/decoder.py` strings them together. Works for rows of any mix: no
+visual token, several images, several packed segments.
+
+Never an L x L array: only the rows of attention that belong to a question are formed, one at a time.
+Next: hico_jax/models/llm/qwen2.py
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from hico_jax.shapes import Array, Bool, Float, Int
+
+
+def starts(segments: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    """Where the run of equal segments begins that each token belongs to."""
+    index = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
+    changed = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    return jax.lax.cummax(jnp.where(changed, index, 0), axis=1)
+
+
+def renumber(segments: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    """Rotary positions counted anew inside each segment; 0 for padding."""
+    index = jnp.arange(segments.shape[1], dtype=jnp.int32)[None]
+    return jnp.where(segments != 0, index - starts(segments), 0)
+
+
+def queries(
+    segments: Int[Array, "B L"], labelled: Bool[Array, "B L"] | None, num_queries: int
+) -> Bool[Array, "B L"]:
+    """Which tokens ask: in training those right before an answer, in generation the last of each segment.
+
+    A training query is a token that is no target itself while the next one is. The reference looks the
+    neighbour up with a Python index, so the last token asks too when the first of its segment is a target.
+    """
+    last = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    if num_queries == 0:
+        return last & (segments != 0)
+    assert labelled is not None
+    first = jnp.take_along_axis(labelled, starts(segments), axis=1)
+    following = jnp.where(last, first, jnp.pad(labelled[:, 1:], ((0, 0), (0, 1))))
+    return following & ~labelled & (segments != 0)
+
+
+def scores(
+    q: Float[Array, "B L H d"],
+    k: Float[Array, "B L K d"],
+    positions: Int[Array, "B L"],
+    segments: Int[Array, "B L"],
+    asks: Bool[Array, "B L"],
+    num_queries: int,
+) -> Float[Array, "B L"]:
+    """Attention that each token receives, averaged over heads and over the queries of its segment.
+
+    As in the reference the softmax is float32 and is cast to the activations' dtype before it is averaged. At most
+    `num_queries` tokens of a row may ask.
+    """
+    rows, length, heads, width = q.shape
+    kv_heads = k.shape[2]
+    index, valid = compact(asks, num_queries)
+    grouped = take(q, index, valid).reshape(rows, num_queries, kv_heads, heads // kv_heads, width)
+    where = (take(positions, index, valid), take(segments, index, valid))  # segment 0 where nobody asks
+
+    def step(total: tuple[Array, Array], query: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
+        row, position, segment = query
+        mine = (segments == segment[:, None]) & (segments != 0)
+        seen = mine & (positions <= position[:, None])
+        raw = jnp.einsum("BKGd,BLKd->BKGL", row, k, preferred_element_type=jnp.float32) / math.sqrt(width)
+        weights = jax.nn.softmax(jnp.where(seen[:, None, None], raw, -1e30), axis=-1).astype(q.dtype)
+        mean = jnp.where(seen, weights.mean((1, 2)).astype(jnp.float32), 0.0)
+        return (total[0] + mean, total[1] + mine.astype(jnp.float32)), None
+
+    zero = jnp.zeros((rows, length), jnp.float32)
+    by_query = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (grouped, *where))
+    (total, count), _ = jax.lax.scan(step, (zero, zero), by_query)
+    return (total / jnp.maximum(count, 1.0)).astype(q.dtype)
+
+
+def best(
+    scores: Float[Array, "B L"], slots: Int[Array, "B L"], segments: Int[Array, "B L"], keep: Int[Array, "B R"]
+) -> Bool[Array, "B L"]:
+    """Text, and the `keep[b, r]` visual tokens of segment `r + 1` with the highest scores; the earlier wins a tie."""
+    num_segments = keep.shape[1]
+    visual = (slots >= 0) & (segments != 0)
+    index = jnp.broadcast_to(jnp.arange(slots.shape[1], dtype=jnp.int32), slots.shape)
+    group = jnp.where(visual, segments, num_segments + 1).astype(jnp.int32)
+    group, _, order = jax.lax.sort((group, -scores, index), dimension=1, is_stable=True, num_keys=2)
+    rank = index - starts(group)
+    allowed = jnp.pad(keep, ((0, 0), (1, 1)))  # nothing for padding and for what is not visual
+    chosen = rank < jnp.take_along_axis(allowed, group, axis=1)
+    chosen = jax.vmap(lambda o, c: jnp.zeros_like(c).at[o].set(c))(order, chosen)
+    return jnp.where(visual, chosen, segments != 0)
+
+
+def compact(alive: Bool[Array, "B L"], length: int) -> tuple[Int[Array, "B length"], Bool[Array, "B length"]]:
+    """Where the tokens alive come from when they move to the front, in order, and which places are filled."""
+    target = jnp.where(alive, jnp.cumsum(alive, axis=1, dtype=jnp.int32) - 1, length)
+    source = jnp.arange(alive.shape[1], dtype=jnp.int32)
+    index = jax.vmap(lambda t: jnp.zeros(length, jnp.int32).at[t].set(source, mode="drop"))(target)
+    count = alive.sum(1, dtype=jnp.int32)
+    return index, jnp.arange(length, dtype=jnp.int32)[None] < count[:, None]
+
+
+def take(x: Array, index: Int[Array, "B length"], real: Bool[Array, "B length"]) -> Array:
+    """Gather along the length; zeros in places that are not filled."""
+    extra = (1,) * (x.ndim - 2)
+    taken = jnp.take_along_axis(x, index.reshape(*index.shape, *extra), axis=1)
+    return jnp.where(real.reshape(*real.shape, *extra), taken, jnp.zeros((), x.dtype))

@@ -1,0 +1,158 @@
+"""The story: encode clips, merge tokens, project them, splice them into the text, decode.
+
+In: a `Batch`. Out: a `Stream` of hidden states with their targets (never logits: `losses.py` and
+`generate.py` multiply by the unembedding where they need it).
+Next: hico_jax/models/vision/umt.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hico_jax.batch import Batch, DropSchedule, Geometry
+from hico_jax.models.llm.decoder import Stream
+from hico_jax.models.projector import Projector
+from hico_jax.parallel.sharding import shard
+from hico_jax.shapes import Array, Float, Int, UInt8
+
+PIXEL_MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in [0, 1]
+PIXEL_STD = (0.229, 0.224, 0.225)
+
+
+class VisionConfig(Protocol):
+    """What a tower's configuration tells the rest of the house."""
+
+    @property
+    def image_px(self) -> int: ...
+    @property
+    def frames_per_clip(self) -> int: ...
+    @property
+    def embed_dim(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    def build(self, *, rngs: nnx.Rngs) -> Any: ...
+
+
+class CompressorConfig(Protocol):
+    """What a compressor's configuration tells the rest of the house."""
+
+    @property
+    def tokens_per_frame(self) -> int: ...
+    @property
+    def tokens_per_image(self) -> int: ...
+    def build(self, *, num_heads: int) -> Any: ...
+
+
+class LanguageConfig(Protocol):
+    """What a language model's configuration tells the rest of the house."""
+
+    @property
+    def embed_dim(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    def build(self, *, rngs: nnx.Rngs) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class HiCoConfig:
+    """A whole model: tower, compressor, language model, and the numbers that join them."""
+
+    vision: Any  # a VisionConfig registered in registry.VISION
+    compressor: Any  # a CompressorConfig registered in registry.COMPRESSOR
+    llm: Any  # a LanguageConfig registered in registry.LLM
+    drop: DropSchedule = DropSchedule()  # video-level compression; off unless asked for, as released
+    max_length: int = 32768  # longest row after visual expansion (`tokenizer_model_max_length`)
+    dtype: str = "bfloat16"  # of activations; "float32" for parity
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"model.dtype is {self.dtype!r}; it must be 'bfloat16' or 'float32'")
+        if self.drop.num_stages and self.drop.layers[-1] >= self.llm.num_layers:
+            raise ValueError(
+                f"drop.layers is {self.drop.layers} but the language model has {self.llm.num_layers} layers; "
+                f"the last entry must be below {self.llm.num_layers}"
+            )
+
+    def geometry(self) -> Geometry:
+        """What the host needs to lay out rows for this model."""
+        return Geometry(
+            image_px=self.vision.image_px,
+            frames_per_clip=self.vision.frames_per_clip,
+            tokens_per_clip=self.compressor.tokens_per_frame * self.vision.frames_per_clip,
+            tokens_per_image=self.compressor.tokens_per_image,
+            max_length=self.max_length,
+            drop=self.drop,
+        )
+
+    def build(self, *, rngs: nnx.Rngs) -> HiCo:
+        """The model with random weights. Wrap in `nnx.eval_shape` for an abstract one."""
+        return HiCo(self, rngs=rngs)
+
+
+class HiCo(nnx.Module):
+    """A video ViT, token merging, a projector and a language model (`LlavaQwenForCausalLM` in the reference)."""
+
+    def __init__(self, config: HiCoConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.vision = config.vision.build(rngs=rngs)
+        self.compressor = config.compressor.build(num_heads=config.vision.num_heads)
+        self.projector = Projector(config.vision.embed_dim, config.llm.embed_dim, rngs=rngs)
+        self.llm = config.llm.build(rngs=rngs)
+
+    def __call__(self, batch: Batch) -> Stream:
+        """Hidden states of every token still alive after the last layer, in row order."""
+        visual = self.encode(batch.clips, batch.images)
+        stream, _ = self.llm(self.splice(batch, visual), batch.drop, schedule=self.config.drop)
+        return stream
+
+    def encode(
+        self,
+        clips: UInt8[Array, "B N T height width 3"] | Float[Array, "B N T height width 3"],
+        images: UInt8[Array, "B I height width 3"] | Float[Array, "B I height width 3"],
+    ) -> Float[Array, "B S D"]:
+        """Visual tokens of each row, clips first, then image tiles: S = N * tokens_per_clip + I * tokens_per_image."""
+        geometry = self.config.geometry()
+        tokens = self._encode(clips, geometry.tokens_per_clip)
+        tiles = self._encode(images[:, :, None], geometry.tokens_per_image)
+        return jnp.concatenate([tokens, tiles], axis=1)
+
+    def _encode(self, clips: Array, num_tokens: int) -> Float[Array, "B S D"]:
+        rows, num_clips = clips.shape[:2]
+        dtype = jnp.dtype(self.config.dtype)
+        if num_clips == 0:
+            return jnp.zeros((rows, 0, self.config.llm.embed_dim), dtype)
+        flat = shard(clips.reshape(-1, *clips.shape[2:]), "clips", None, None, None, None)
+        patches = self.vision(normalize(flat).astype(dtype))  # (B N) P E
+        merged = self.compressor(patches, num_tokens)  # (B N) M E
+        projected = shard(self.projector(merged), "clips", None, None)  # (B N) M D
+        return projected.reshape(rows, num_clips * num_tokens, -1)
+
+    def splice(self, batch: Batch, visual: Float[Array, "B S D"]) -> Stream:
+        """Text embeddings with each visual token put where the host said it sits."""
+        x = self.llm.embed(batch.tokens).astype(visual.dtype)
+        return Stream.begin(splice(x, visual, batch.slots), batch)
+
+
+def splice(
+    text: Float[Array, "B L D"], visual: Float[Array, "B S D"], slots: Int[Array, "B L"]
+) -> Float[Array, "B L D"]:
+    """`visual[b, slots[b, l]]` where a slot is given, the text embedding elsewhere."""
+    if visual.shape[1] == 0:
+        return text
+    placed = jnp.take_along_axis(visual, jnp.maximum(slots, 0)[..., None], axis=1)
+    return shard(jnp.where(slots[..., None] >= 0, placed, text), "batch", "length", None)
+
+
+def normalize(pixels: Array) -> Float[Array, "*lead 3"]:
+    """uint8 RGB to the tower's float32 range: x / 255, minus mean, over std. Floats pass: they are normalized already."""
+    if jnp.issubdtype(pixels.dtype, jnp.floating):
+        return pixels
+    mean, std = np.float32(PIXEL_MEAN), np.float32(PIXEL_STD)
+    return (pixels.astype(jnp.float32) * np.float32(1 / 255) - mean) / std

@@ -1,0 +1,129 @@
+"""Small modules everything is made of. Parameters carry logical axes; weights follow the activation's dtype.
+
+A layer computes in the dtype of its input: weights are cast at use, so one set of float32 master weights
+serves float32 and bfloat16 runs. Norms, rotary angles and softmax are float32 inside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hico_jax.shapes import Array, Float, Int
+
+Axes = Sequence[str | None]
+T = TypeVar("T")
+
+
+def param(value: jax.Array, axes: Axes) -> nnx.Param:
+    """A parameter whose last dims carry `axes`. Leading dims (stacked layers) need no name."""
+    assert len(axes) == value.ndim, (axes, value.shape)
+    return nnx.Param(value, axes=tuple(axes))
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> jax.Array:
+    return jax.random.normal(rngs.params(), shape, jnp.float32) * stddev
+
+
+def xavier_uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, fan_out: int) -> jax.Array:
+    bound = math.sqrt(6 / (fan_in + fan_out))
+    return jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
+
+
+def stack(make: Callable[[nnx.Rngs], T], num_layers: int, rngs: nnx.Rngs) -> T:
+    """`num_layers` copies of a module as one module whose parameters have a leading layer dim."""
+    keys = jax.random.split(rngs.params(), num_layers)
+    return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
+
+
+def layer_slice(blocks: T, start: int, stop: int) -> T:
+    """Layers `start` to `stop` of a stacked module."""
+    return jax.tree.map(lambda p: p[start:stop], blocks)
+
+
+class Linear(nnx.Module):
+    """`x @ w (+ b)`, with `w: [in, out]`."""
+
+    def __init__(
+        self, in_dim: int, out_dim: int, axes: Axes, *, rngs: nnx.Rngs, bias: bool = True, stddev: float | None = None
+    ) -> None:
+        value = (
+            xavier_uniform(rngs, (in_dim, out_dim), in_dim, out_dim)
+            if stddev is None
+            else normal(rngs, (in_dim, out_dim), stddev)
+        )
+        self.w = param(value, axes)
+        self.b = param(jnp.zeros(out_dim), (axes[-1],)) if bias else None
+
+    def __call__(self, x: Float[Array, "*lead I"]) -> Float[Array, "*lead O"]:
+        y = x @ self.w[...].astype(x.dtype)
+        return y if self.b is None else y + self.b[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Mean and variance over the last dim, in float32."""
+
+    def __init__(self, dim: int, *, eps: float, axis: str | None = None) -> None:
+        self.scale = param(jnp.ones(dim), (axis,))
+        self.bias = param(jnp.zeros(dim), (axis,))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - x32.mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square in float32, cast back, then the weight (the order of the reference)."""
+
+    def __init__(self, dim: int, *, eps: float, axis: str | None = None) -> None:
+        self.scale = param(jnp.ones(dim), (axis,))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The exact (erf) form; the tanh approximation is not what the checkpoints were trained with."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def rotary_angles(
+    positions: Int[Array, "B L"], head_dim: int, theta: float
+) -> tuple[Float[Array, "B L d"], Float[Array, "B L d"]]:
+    """cos and sin of the rotary angles in float32, halves duplicated ([x1 | x2] layout).
+
+    The frequencies are rounded to float32 where the reference rounds them: one unit in their last place turns
+    the angle of position 32,000 by 0.001.
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    inverse = np.float32(1) / np.power(theta, exponent.astype(np.float64)).astype(np.float32)
+    angles = positions[..., None].astype(jnp.float32) * inverse
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "B L H d"], cos: Float[Array, "B L d"], sin: Float[Array, "B L d"]
+) -> Float[Array, "B L H d"]:
+    """Apply rotary positions: `x cos + [-x2 | x1] sin`, in float32."""
+    x32 = x.astype(jnp.float32)
+    first, second = jnp.split(x32, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return (x32 * cos[:, :, None] + turned * sin[:, :, None]).astype(x.dtype)
+
+
+def num_params(model: Any) -> int:
+    """How many numbers a model (concrete or abstract) holds."""
+    return sum(int(math.prod(leaf.shape)) for leaf in jax.tree.leaves(model))

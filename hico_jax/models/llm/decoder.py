@@ -1,0 +1,188 @@
+"""Run a decoder's layers in groups, and let visual tokens leave between the groups.
+
+In: a `Stream` (embeddings and everything that travels with them) and the batch's `DropPlan`. Out: the stream of
+the tokens still alive, and the keys and values of every group when a cache is asked for. Knows nothing of the
+architecture: a block must offer `block(x, place) -> (x, (k, v))` and
+`block.attention_query_key(x, place) -> (q, k)`.
+Next: hico_jax/models/compress/progressive.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from hico_jax.batch import Batch, DropPlan, DropSchedule
+from hico_jax.kernels import blockwise
+from hico_jax.models import layers
+from hico_jax.models.compress import progressive
+from hico_jax.models.llm import cache as kv_cache
+from hico_jax.parallel.sharding import shard
+from hico_jax.shapes import Array, Float, Int
+
+
+class Place(NamedTuple):
+    """Where each token sits: rotary angles, positions and segments."""
+
+    cos: Float[Array, "B L d"]
+    sin: Float[Array, "B L d"]
+    positions: Int[Array, "B L"]
+    segments: Int[Array, "B L"]
+
+
+@flax.struct.dataclass
+class Stream:
+    """The tokens on their way through the layers, and what travels with each of them.
+
+    A token is visual iff its slot is not negative; it is padding iff its segment is 0. `targets` and `weights`
+    are the loss of each position, `survives` and `labelled` come from the `DropPlan`; None where not needed.
+    """
+
+    x: Any  # Float[B L D]
+    positions: Any  # Int[B L]
+    segments: Any  # Int[B L]
+    slots: Any  # Int[B L]
+    targets: Any = None  # Int[B L]
+    weights: Any = None  # Float[B L]
+    survives: Any = None  # Int8[B L]
+    labelled: Any = None  # Bool[B L]
+
+    @classmethod
+    def begin(cls, x: Float[Array, "B L D"], batch: Batch) -> Stream:
+        """The stream before the first layer."""
+        plan = batch.drop
+        return cls(
+            x=x,
+            positions=batch.positions,
+            segments=batch.segments,
+            slots=batch.slots,
+            targets=batch.targets,
+            weights=batch.weights,
+            survives=None if plan is None else plan.survives,
+            labelled=None if plan is None else plan.labelled,
+        )
+
+
+class Stage(NamedTuple):
+    """What one stage of the drop left, for pictures and tests."""
+
+    stream: Stream  # right after the stage
+    scores: Float[Array, "B L"] | None  # of the tokens before it; None where the choice was even
+
+
+def run(
+    blocks: Any,
+    stream: Stream,
+    plan: DropPlan | None,
+    *,
+    schedule: DropSchedule,
+    angles: Callable[[Array], tuple[Array, Array]],
+    remat: bool = False,
+    cache_room: int = 0,
+) -> tuple[Stream, kv_cache.Cache | None, tuple[Stage, ...]]:
+    """All layers of `blocks` (stacked), dropping visual tokens after the layers `schedule` names.
+
+    Raises:
+      ValueError: the schedule drops but the batch has no plan.
+    """
+    if schedule.num_stages and plan is None:
+        raise ValueError(
+            f"drop.kind is {schedule.kind!r} but the batch has no drop plan; make one with "
+            "data_pipeline.layout.plan_drop, or set drop.kind to 'none'"
+        )
+    num_layers = jax.tree.leaves(blocks)[0].shape[0]
+    bounds = (0, *(schedule.layers if schedule.num_stages else ()), num_layers)
+    groups, stages = [], []
+    for stage, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if stage > 0:
+            assert plan is not None
+            stream, scores = _drop(blocks, stream, plan, schedule, stage - 1, angles)
+            stages.append(Stage(stream, scores))
+        place = _place(stream, angles)
+        x, group = _run_layers(blocks, start, stop, stream.x, place, remat=remat, cache_room=cache_room)
+        stream = stream.replace(x=x)
+        if cache_room:
+            groups.append(kv_cache.Group.begin(*group, place.segments, place.positions, cache_room))
+    cache = kv_cache.Cache.begin(groups, stream.segments, cache_room) if cache_room else None
+    return final_weights(stream), cache, tuple(stages)
+
+
+def _place(stream: Stream, angles: Callable[[Array], tuple[Array, Array]]) -> Place:
+    return Place(*angles(stream.positions), stream.positions, stream.segments)
+
+
+def _run_layers(
+    blocks: Any, start: int, stop: int, x: Array, place: Place, *, remat: bool, cache_room: int
+) -> tuple[Array, Any]:
+    """Layers `start` to `stop`. Keys and values come back only when there is a cache to fill."""
+
+    def step(x: Array, block: Any) -> tuple[Array, Any]:
+        x, key_value = block(x, place)
+        x = shard(x, "batch", "length", None)
+        return x, kv_cache.with_room(key_value, cache_room) if cache_room else None
+
+    if remat:
+        policy = jax.checkpoint_policies.save_only_these_names(blockwise.SAVED)
+        step = jax.checkpoint(step, prevent_cse=False, policy=policy)
+    return jax.lax.scan(step, x, layers.layer_slice(blocks, start, stop))
+
+
+def _drop(
+    blocks: Any, stream: Stream, plan: DropPlan, schedule: DropSchedule, stage: int, angles: Callable
+) -> tuple[Stream, Array | None]:
+    """One stage: choose the survivors, close the gaps, count positions anew."""
+    scores = None
+    if stage < schedule.num_uniform:
+        alive = (stream.segments != 0) & (stream.survives > stage)
+    else:
+        layer = schedule.layers[stage]
+        block = jax.tree.map(lambda p: p[layer], blocks)
+        q, k = block.attention_query_key(jax.lax.stop_gradient(stream.x), _place(stream, angles))
+        asks = progressive.queries(stream.segments, stream.labelled, plan.num_queries)
+        num_queries = plan.num_queries or plan.keep.shape[1]
+        scores = progressive.scores(q, k, stream.positions, stream.segments, asks, num_queries)
+        alive = progressive.best(scores, stream.slots, stream.segments, plan.keep[:, :, stage])
+    index, real = progressive.compact(alive, plan.lengths[stage])
+    taken = jax.tree.map(lambda a: progressive.take(a, index, real), stream)
+    slots = jnp.where(real, taken.slots, -1)
+    return taken.replace(slots=slots, positions=progressive.renumber(taken.segments)), scores
+
+
+def decode(
+    blocks: Any, x: Float[Array, "B 1 D"], cache: kv_cache.Cache, *, angles: Callable[[Array], tuple[Array, Array]]
+) -> tuple[Float[Array, "B 1 D"], kv_cache.Cache]:
+    """One token of every row through all layers, each against the tokens its own group has kept."""
+    first, groups = 0, []
+    for group in cache.groups:
+        count = group.k.shape[0]
+        offset = group.segments.shape[1] - cache.room + cache.step
+        segments = jax.lax.dynamic_update_slice(group.segments, cache.segment[:, None], (jnp.zeros((), jnp.int32), offset))
+        place = Place(*angles(group.position[:, None]), group.position[:, None], cache.segment[:, None])
+        visible = segments == cache.segment[:, None]
+
+        def step(i: Array, carry: tuple[Array, Array, Array], first: int = first, place: Place = place,
+                 offset: Array = offset, visible: Array = visible) -> tuple[Array, Array, Array]:
+            block = jax.tree.map(lambda p: p[first + i], blocks)
+            return block.decode(carry[0], place, *carry[1:], i, offset, visible)
+
+        x, k, v = jax.lax.fori_loop(0, count, step, (x, group.k, group.v))
+        groups.append(group.replace(k=k, v=v, segments=segments, position=group.position + 1))
+        first += count
+    return x, cache.replace(groups=tuple(groups), step=cache.step + 1)
+
+
+def final_weights(stream: Stream) -> Stream:
+    """Take the loss off every position whose next living token is visual.
+
+    The host gives a run of visual tokens the target of the token after it, because it cannot know which of
+    them will be the last alive; this keeps the last only. It must happen before any loss, dropped or not.
+    """
+    if stream.weights is None:
+        return stream
+    same = stream.segments[:, 1:] == stream.segments[:, :-1]
+    before_visual = jnp.pad(same & (stream.slots[:, 1:] >= 0), ((0, 0), (0, 1)))
+    return stream.replace(weights=jnp.where(before_visual, 0.0, stream.weights))

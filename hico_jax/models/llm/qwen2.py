@@ -1,0 +1,259 @@
+"""Qwen2 and Qwen2.5: configuration, sizes, module and torch names.
+
+In: a `Stream` of embeddings. Out: the stream after all layers and the last norm (hidden states, not logits).
+Next: hico_jax/models/llm/decoder.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hico_jax.batch import DropPlan, DropSchedule
+from hico_jax.convert.rules import Rule
+from hico_jax.models import attention, layers
+from hico_jax.models.llm import cache as kv_cache
+from hico_jax.models.llm import decoder
+from hico_jax.models.llm.decoder import Place, Stream
+from hico_jax.parallel.sharding import shard
+from hico_jax.shapes import Array, Bool, Float, Int
+
+INIT_STDDEV = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2Config:
+    """Sizes of one Qwen2. The released checkpoints differ in theta and eps: read them from `config.json`."""
+
+    arch: ClassVar[str] = "qwen2"
+    vocab_size: int  # rows of the embedding, a few more than the tokenizer knows
+    embed_dim: int
+    mlp_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    tied: bool = False  # the unembedding is the embedding transposed
+    max_positions: int = 32768  # positions seen in training; longer rows run, at the user's risk
+    remat: bool = False  # recompute each layer in the backward pass instead of keeping its activations
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads is {self.num_heads}; it must be a multiple of num_kv_heads, {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
+
+    @property
+    def torch_sizes(self) -> dict[str, int]:
+        """Sizes that the rules of `TORCH_NAMES` split axes by."""
+        return {"H": self.num_heads, "K": self.num_kv_heads, "d": self.head_dim}
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Qwen2Config:
+        """From the dict of a released `config.json`.
+
+        Raises:
+          ValueError: a size is missing, or the file asks for something this module does not do.
+        """
+        names = {
+            "vocab_size": "vocab_size",
+            "hidden_size": "embed_dim",
+            "intermediate_size": "mlp_dim",
+            "num_hidden_layers": "num_layers",
+            "num_attention_heads": "num_heads",
+            "num_key_value_heads": "num_kv_heads",
+            "rope_theta": "rope_theta",
+            "rms_norm_eps": "norm_eps",
+            "max_position_embeddings": "max_positions",
+        }
+        missing = [name for name in names if name not in config]
+        if missing:
+            raise ValueError(f"config.json lacks {', '.join(missing)}; a Qwen2 configuration has {', '.join(names)}")
+        if config.get("hidden_act", "silu") != "silu" or config.get("use_sliding_window", False):
+            raise ValueError(
+                f"config.json has hidden_act={config.get('hidden_act')!r}, "
+                f"use_sliding_window={config.get('use_sliding_window')!r}; only silu and full attention are built"
+            )
+        ours = {ours: config[theirs] for theirs, ours in names.items()}
+        head_dim = config.get("head_dim") or ours["embed_dim"] // ours["num_heads"]
+        return cls(**ours, head_dim=head_dim, tied=bool(config.get("tie_word_embeddings", False)))
+
+    def build(self, *, rngs: nnx.Rngs) -> Qwen2:
+        """The language model with random weights."""
+        return Qwen2(self, rngs=rngs)
+
+
+_7B = Qwen2Config(
+    vocab_size=152064, embed_dim=3584, mlp_dim=18944, num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128
+)
+VARIANTS = {
+    "qwen2-7b": _7B,
+    "qwen2.5-7b": _7B,
+    "qwen2.5-7b-1m": dataclasses.replace(_7B, rope_theta=1e7, norm_eps=1e-5, max_positions=1_010_000),
+    "qwen2.5-1.5b": Qwen2Config(
+        vocab_size=151936, embed_dim=1536, mlp_dim=8960, num_layers=28, num_heads=12, num_kv_heads=2, head_dim=128,
+        tied=True,
+    ),
+    "nano": Qwen2Config(
+        vocab_size=512, embed_dim=128, mlp_dim=384, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, tied=True
+    ),
+    "tiny": Qwen2Config(
+        vocab_size=64, embed_dim=32, mlp_dim=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, tied=True
+    ),
+}
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions; q, k and v have biases."""
+
+    def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs) -> None:
+        dim, heads, kv_heads, width = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+
+        def weight(shape: tuple[int, ...], *axes: str) -> nnx.Param:
+            return layers.param(layers.normal(rngs, shape, INIT_STDDEV), axes)
+
+        self.wq = weight((dim, heads, width), "embed", "heads", "head_dim")
+        self.wk = weight((dim, kv_heads, width), "embed", "kv_heads", "head_dim")
+        self.wv = weight((dim, kv_heads, width), "embed", "kv_heads", "head_dim")
+        self.wo = weight((heads, width, dim), "heads", "head_dim", "embed")
+        self.bq = layers.param(jnp.zeros((heads, width)), ("heads", "head_dim"))
+        self.bk = layers.param(jnp.zeros((kv_heads, width)), ("kv_heads", "head_dim"))
+        self.bv = layers.param(jnp.zeros((kv_heads, width)), ("kv_heads", "head_dim"))
+
+    def query_key(self, x: Float[Array, "B L D"], place: Place) -> tuple[Float[Array, "B L H d"], Float[Array, "B L K d"]]:
+        """Rotated queries and keys."""
+        q = layers.rotate(_project(x, self.wq, self.bq), place.cos, place.sin)
+        k = layers.rotate(_project(x, self.wk, self.bk), place.cos, place.sin)
+        return shard(q, "batch", "length", "heads", None), shard(k, "batch", "length", "kv_heads", None)
+
+    def value(self, x: Float[Array, "B L D"]) -> Float[Array, "B L K d"]:
+        return shard(_project(x, self.wv, self.bv), "batch", "length", "kv_heads", None)
+
+    def out(self, mixed: Float[Array, "B L H d"]) -> Float[Array, "B L D"]:
+        return jnp.einsum("BLHd,HdD->BLD", mixed, self.wo[...].astype(mixed.dtype))
+
+
+def _project(x: Array, weight: nnx.Param, bias: nnx.Param) -> Array:
+    return jnp.einsum("BLD,DHd->BLHd", x, weight[...].astype(x.dtype)) + bias[...].astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs) -> None:
+        inward, outward = (config.embed_dim, config.mlp_dim), (config.mlp_dim, config.embed_dim)
+        self.gate = layers.param(layers.normal(rngs, inward, INIT_STDDEV), ("embed", "mlp"))
+        self.up = layers.param(layers.normal(rngs, inward, INIT_STDDEV), ("embed", "mlp"))
+        self.down = layers.param(layers.normal(rngs, outward, INIT_STDDEV), ("mlp", "embed"))
+
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+
+class Block(nnx.Module):
+    """One decoder layer: attention and MLP, each behind a norm."""
+
+    def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs) -> None:
+        self.input_norm = layers.RMSNorm(config.embed_dim, eps=config.norm_eps)
+        self.attn = Attention(config, rngs=rngs)
+        self.post_norm = layers.RMSNorm(config.embed_dim, eps=config.norm_eps)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B L D"], place: Place) -> tuple[Float[Array, "B L D"], tuple[Array, Array]]:
+        """The layer's output, and the keys and values a cache would hold."""
+        normed = self.input_norm(x)
+        q, k = self.attn.query_key(normed, place)
+        v = self.attn.value(normed)
+        mixed = attention.attend(
+            q, k, v, q_positions=place.positions, k_positions=place.positions, q_segments=place.segments,
+            k_segments=place.segments,
+        )
+        x = x + self.attn.out(mixed)
+        return x + self.mlp(self.post_norm(x)), (k, v)
+
+    def attention_query_key(self, x: Float[Array, "B L D"], place: Place) -> tuple[Array, Array]:
+        """What this layer would ask and answer: the norm, q, k and rotation, for scoring tokens before it runs."""
+        return self.attn.query_key(self.input_norm(x), place)
+
+    def decode(
+        self, x: Float[Array, "B 1 D"], place: Place, keys: Array, values: Array, layer: Array, offset: Array,
+        visible: Bool[Array, "B S"],
+    ) -> tuple[Float[Array, "B 1 D"], Array, Array]:
+        """One token against the cache of its group; returns the stacks with this token written in."""
+        normed = self.input_norm(x)
+        q, k = self.attn.query_key(normed, place)
+        keys = kv_cache.write(keys, layer, offset, k)
+        values = kv_cache.write(values, layer, offset, self.attn.value(normed))
+        x = x + self.attn.out(attention.attend_one(q, keys[layer], values[layer], visible))
+        return x + self.mlp(self.post_norm(x)), keys, values
+
+
+class Qwen2(nnx.Module):
+    """Embedding, stacked blocks, last norm, unembedding."""
+
+    def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        size = (config.vocab_size, config.embed_dim)
+        self.embedding = layers.param(layers.normal(rngs, size, INIT_STDDEV), ("vocab", "embed"))
+        self.blocks = layers.stack(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs)
+        self.norm = layers.RMSNorm(config.embed_dim, eps=config.norm_eps)
+        self.unembedding = (
+            None if config.tied else layers.param(layers.normal(rngs, size[::-1], INIT_STDDEV), ("embed", "vocab"))
+        )
+
+    def __call__(
+        self, stream: Stream, plan: DropPlan | None, *, schedule: DropSchedule = DropSchedule(), cache_room: int = 0
+    ) -> tuple[Stream, kv_cache.Cache | None]:
+        """All layers and the last norm; with `cache_room`, also a cache with that many free places."""
+        stream, cache, _ = decoder.run(
+            self.blocks, stream, plan, schedule=schedule, angles=self.angles, remat=self.config.remat,
+            cache_room=cache_room,
+        )
+        return stream.replace(x=self.norm(stream.x)), cache
+
+    def decode(self, x: Float[Array, "B 1 D"], cache: kv_cache.Cache) -> tuple[Float[Array, "B 1 D"], kv_cache.Cache]:
+        """One more token of every row; returns its hidden state and the cache that holds it."""
+        x, cache = decoder.decode(self.blocks, x, cache, angles=self.angles)
+        return self.norm(x), cache
+
+    def trace(self, stream: Stream, plan: DropPlan, *, schedule: DropSchedule) -> tuple[decoder.Stage, ...]:
+        """Which tokens are alive after each stage of the drop, and the scores that chose them."""
+        return decoder.run(self.blocks, stream, plan, schedule=schedule, angles=self.angles)[2]
+
+    def angles(self, positions: Int[Array, "B L"]) -> tuple[Float[Array, "B L d"], Float[Array, "B L d"]]:
+        """cos and sin of the rotary angles, float32."""
+        return layers.rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+
+    def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        return shard(self.embedding[...][tokens], "batch", "length", None)
+
+    def unembed_weight(self) -> Float[Array, "D V"]:
+        """What hidden states are multiplied by to give logits."""
+        return self.embedding[...].T if self.unembedding is None else self.unembedding[...]
+
+
+TORCH_NAMES = (
+    Rule("model.embed_tokens.weight", "llm/embedding"),
+    Rule("model.layers.{i}.input_layernorm.weight", "llm/blocks/input_norm/scale"),
+    Rule("model.layers.{i}.self_attn.q_proj.weight", "llm/blocks/attn/wq", "(H d) D -> D H d"),
+    Rule("model.layers.{i}.self_attn.q_proj.bias", "llm/blocks/attn/bq", "(H d) -> H d"),
+    Rule("model.layers.{i}.self_attn.k_proj.weight", "llm/blocks/attn/wk", "(K d) D -> D K d"),
+    Rule("model.layers.{i}.self_attn.k_proj.bias", "llm/blocks/attn/bk", "(K d) -> K d"),
+    Rule("model.layers.{i}.self_attn.v_proj.weight", "llm/blocks/attn/wv", "(K d) D -> D K d"),
+    Rule("model.layers.{i}.self_attn.v_proj.bias", "llm/blocks/attn/bv", "(K d) -> K d"),
+    Rule("model.layers.{i}.self_attn.o_proj.weight", "llm/blocks/attn/wo", "D (H d) -> H d D"),
+    Rule("model.layers.{i}.post_attention_layernorm.weight", "llm/blocks/post_norm/scale"),
+    Rule("model.layers.{i}.mlp.gate_proj.weight", "llm/blocks/mlp/gate", "F D -> D F"),
+    Rule("model.layers.{i}.mlp.up_proj.weight", "llm/blocks/mlp/up", "F D -> D F"),
+    Rule("model.layers.{i}.mlp.down_proj.weight", "llm/blocks/mlp/down", "D F -> F D"),
+    Rule("model.norm.weight", "llm/norm/scale"),
+    Rule("lm_head.weight", "llm/unembedding", "V D -> D V", optional=True),
+)

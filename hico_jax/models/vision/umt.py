@@ -1,0 +1,248 @@
+"""UMT: the video tower of the released 224 and 448 pixel models. Space and time attend together within a clip.
+
+In: normalized pixels of clips `[B T height width 3]`. Out: patches `[B P E]`, frame by frame, row by row.
+Next: hico_jax/models/compress/tome.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hico_jax.convert.rules import Rule
+from hico_jax.models import layers
+from hico_jax.models.attention import attend
+from hico_jax.parallel.sharding import shard
+from hico_jax.shapes import Array, Float, ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class UMTConfig:
+    """Sizes of a UMT tower."""
+
+    arch: ClassVar[str] = "umt"
+
+    image_px: int = 224  # side of a frame
+    patch_px: int = 16
+    embed_dim: int = 1024
+    num_blocks: int = 23  # that exist: the reference builds one fewer than its nominal depth of 24
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    frames_per_clip: int = 4
+    pretrain_grid: int = 14  # side of the grid of patches whose positions were learned in pre-training
+    pretrain_frames: int = 4
+    remat: bool = False  # compute each block again in the backward pass instead of keeping its activations
+
+    def __post_init__(self) -> None:
+        if self.image_px % self.patch_px:
+            raise ValueError(
+                f"vision.image_px is {self.image_px}, not a multiple of patch_px {self.patch_px}; "
+                f"use {self.image_px // self.patch_px * self.patch_px} for example"
+            )
+        if self.embed_dim % self.num_heads or self.embed_dim % 2:
+            raise ValueError(f"vision.embed_dim is {self.embed_dim}; it must be even and a multiple of num_heads")
+
+    @property
+    def patches_per_frame(self) -> int:
+        return (self.image_px // self.patch_px) ** 2
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.embed_dim * self.mlp_ratio)
+
+    def build(self, *, rngs: nnx.Rngs) -> UMT:
+        """The tower with random weights."""
+        return UMT(self, rngs=rngs)
+
+
+_NANO = UMTConfig(image_px=64, embed_dim=96, num_blocks=2, num_heads=4, pretrain_grid=4)
+VARIANTS = {
+    "umt-large": UMTConfig(),
+    "umt-hd-large": UMTConfig(image_px=448),
+    "nano": _NANO,
+    "nano-hd": dataclasses.replace(_NANO, image_px=96),
+    "tiny": UMTConfig(image_px=32, embed_dim=32, num_blocks=2, num_heads=2, pretrain_grid=2),
+}
+
+
+class UMT(nnx.Module):
+    """The tower (`PretrainVisionTransformer` in the reference). No class token; a final norm of its own epsilon."""
+
+    def __init__(self, config: UMTConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.patch = PatchEmbed(config, rngs=rngs)
+        self.blocks = layers.stack(lambda r: Block(config, rngs=r), config.num_blocks, rngs)
+        self.norm = layers.LayerNorm(config.embed_dim, eps=1e-12, axis="vision_embed")
+
+    def __call__(self, pixels: Float[Array, "B T height width 3"]) -> Float[Array, "B P E"]:
+        """Patches of every clip. A clip of one frame is an image and has positions of its own.
+
+        Raises:
+          ValueError: frames are not of the configured size.
+        """
+        config, (frames, *size) = self.config, pixels.shape[1:4]
+        if size != [config.image_px, config.image_px]:
+            raise ValueError(
+                f"frames are {size[0]} x {size[1]} pixels but the tower takes {config.image_px} x {config.image_px}. "
+                "Resize them or change vision.image_px."
+            )
+        table = positions(
+            config.embed_dim, config.image_px // config.patch_px, frames, config.pretrain_grid, config.pretrain_frames
+        )
+        x = self.patch(pixels)
+        x = shard(x + jnp.asarray(table, x.dtype), "clips", None, None)
+
+        def step(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
+            return shard(block(x), "clips", None, None), None
+
+        x, _ = jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if config.remat else step, x, self.blocks)
+        return self.norm(x)
+
+
+class PatchEmbed(nnx.Module):
+    """Cut frames into squares and project each: the reference's 3-D convolution of one frame, as a matrix product."""
+
+    def __init__(self, config: UMTConfig, *, rngs: nnx.Rngs) -> None:
+        side = config.patch_px
+        bound = 1 / math.sqrt(side * side * 3)  # PyTorch's default for a convolution, which the reference keeps
+        shape = (side, side, 3, config.embed_dim)
+        weight = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
+        bias = jax.random.uniform(rngs.params(), shape[-1:], jnp.float32, -bound, bound)
+        self.w = layers.param(weight, (None, None, None, "vision_embed"))
+        self.b = layers.param(bias, ("vision_embed",))
+
+    def __call__(self, pixels: Float[Array, "B T height width 3"]) -> Float[Array, "B P E"]:
+        weight = self.w[...].astype(pixels.dtype)
+        clips, frames, height, width, channels = pixels.shape
+        side = weight.shape[0]
+        cut = pixels.reshape(clips, frames, height // side, side, width // side, side, channels)
+        squares = cut.transpose(0, 1, 2, 4, 3, 5, 6).reshape(clips, -1, side * side * channels)
+        return squares @ weight.reshape(-1, weight.shape[-1]) + self.b[...].astype(pixels.dtype)
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP. No dropout, no layer scale."""
+
+    def __init__(self, config: UMTConfig, *, rngs: nnx.Rngs) -> None:
+        dim, mlp_dim = config.embed_dim, config.mlp_dim
+        self.norm1 = layers.LayerNorm(dim, eps=1e-6, axis="vision_embed")
+        self.attn = Attention(config, rngs=rngs)
+        self.norm2 = layers.LayerNorm(dim, eps=1e-6, axis="vision_embed")
+        self.up = layers.Linear(dim, mlp_dim, ("vision_embed", "mlp"), rngs=rngs)
+        self.down = layers.Linear(mlp_dim, dim, ("mlp", "vision_embed"), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B P E"]) -> Float[Array, "B P E"]:
+        x = x + self.attn(self.norm1(x))
+        return x + self.down(layers.gelu(self.up(self.norm2(x))))
+
+
+class Attention(nnx.Module):
+    """All patches of a clip see each other. Queries and values have a bias, keys have none."""
+
+    def __init__(self, config: UMTConfig, *, rngs: nnx.Rngs) -> None:
+        dim, heads = config.embed_dim, config.num_heads
+        head_dim = dim // heads
+        qkv = layers.xavier_uniform(rngs, (dim, 3, heads, head_dim), dim, 3 * dim)
+        out = layers.xavier_uniform(rngs, (heads, head_dim, dim), dim, dim)
+        self.wqkv = layers.param(qkv, ("vision_embed", None, "heads", "head_dim"))
+        self.q_bias = layers.param(jnp.zeros((heads, head_dim)), ("heads", "head_dim"))
+        self.v_bias = layers.param(jnp.zeros((heads, head_dim)), ("heads", "head_dim"))
+        self.wo = layers.param(out, ("heads", "head_dim", "vision_embed"))
+        self.o_bias = layers.param(jnp.zeros(dim), ("vision_embed",))
+
+    def __call__(self, x: Float[Array, "B P E"]) -> Float[Array, "B P E"]:
+        dtype = x.dtype
+        q, k, v = jnp.einsum("BPE,EcHd->cBPHd", x, self.wqkv[...].astype(dtype))
+        q, v = q + self.q_bias[...].astype(dtype), v + self.v_bias[...].astype(dtype)
+        seen = attend(q, k, v, causal=False)
+        return jnp.einsum("BPHd,HdE->BPE", seen, self.wo[...].astype(dtype)) + self.o_bias[...].astype(dtype)
+
+
+@functools.cache
+def positions(
+    embed_dim: int, grid: int, frames: int, pretrain_grid: int = 14, pretrain_frames: int = 4
+) -> Float[ndarray, "P E"]:
+    """The constant table of positions: one sinusoid over the flat patch index of the pre-training clip.
+
+    A larger image stretches each frame of it (bicubic), another number of frames stretches time (linear). One
+    frame is an image: it takes the first frame's positions, unstretched in time
+    (`get_sinusoid_encoding_table` and `get_sinusoid_encoding_table2` in the reference).
+    """
+    base_frames = 1 if frames == 1 else pretrain_frames
+    channel = np.arange(embed_dim) // 2 * 2
+    angles = np.arange(base_frames * pretrain_grid**2)[:, None] / np.power(10000, channel / embed_dim)
+    table = np.where(np.arange(embed_dim) % 2 == 0, np.sin(angles), np.cos(angles)).astype(np.float32)
+    table = table.reshape(base_frames, pretrain_grid, pretrain_grid, embed_dim)
+    if grid != pretrain_grid:
+        for axis in (2, 1):  # along the width first, as the reference rounds
+            table = _resample(table, axis, grid, _cubic)
+    if frames != base_frames:
+        table = _resample(table, 0, frames, _linear)
+    table = table.reshape(-1, embed_dim)
+    table.setflags(write=False)
+    return table
+
+
+def _resample(
+    table: np.ndarray, axis: int, length: int, kernel: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+) -> np.ndarray:
+    """Stretch one axis to `length` (`torch.nn.functional.interpolate`, align_corners False), the border repeated."""
+    old = table.shape[axis]
+    where = (np.arange(length, dtype=np.float32) + np.float32(0.5)) * np.float32(old / length) - np.float32(0.5)
+    offsets, weights = kernel(where - np.floor(where))
+    out: np.ndarray | None = None
+    for offset, weight in zip(offsets, weights, strict=True):
+        taken = np.take(table, np.clip(np.floor(where).astype(int) + offset, 0, old - 1), axis)
+        weight = weight.astype(np.float32).reshape([-1 if i == axis else 1 for i in range(table.ndim)])
+        # One rounding for each multiply and add, like the fused instruction the recorded tables come from.
+        out = taken * weight if out is None else (taken.astype(np.float64) * weight + out).astype(np.float32)
+    assert out is not None
+    return out
+
+
+def _linear(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([1, 0]), np.stack([t, 1 - t])
+
+
+def _cubic(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """PyTorch's bicubic weights: a = -0.75 (`jax.image.resize` has -0.5)."""
+    a = -0.75
+
+    def near(x: np.ndarray) -> np.ndarray:
+        return ((a + 2) * x - (a + 3)) * x * x + 1
+
+    def far(x: np.ndarray) -> np.ndarray:
+        return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+
+    return np.array([0, -1, 1, 2]), np.stack([near(t), far(t + 1), near(1 - t), far(2 - t)])
+
+
+_TOWER = "model.vision_tower.vision_tower.encoder"
+_BLOCK = f"{_TOWER}.blocks.{{i}}"
+TORCH_NAMES = (
+    Rule(f"{_TOWER}.patch_embed.proj.weight", "vision/patch/w", "E c 1 y x -> y x (1 c) E"),
+    Rule(f"{_TOWER}.patch_embed.proj.bias", "vision/patch/b"),
+    Rule(f"{_BLOCK}.norm1.weight", "vision/blocks/norm1/scale"),
+    Rule(f"{_BLOCK}.norm1.bias", "vision/blocks/norm1/bias"),
+    Rule(f"{_BLOCK}.attn.qkv.weight", "vision/blocks/attn/wqkv", "(3 H d) E -> E 3 H d"),
+    Rule(f"{_BLOCK}.attn.q_bias", "vision/blocks/attn/q_bias", "(H d) -> H d"),
+    Rule(f"{_BLOCK}.attn.v_bias", "vision/blocks/attn/v_bias", "(H d) -> H d"),
+    Rule(f"{_BLOCK}.attn.proj.weight", "vision/blocks/attn/wo", "E (H d) -> H d E"),
+    Rule(f"{_BLOCK}.attn.proj.bias", "vision/blocks/attn/o_bias"),
+    Rule(f"{_BLOCK}.norm2.weight", "vision/blocks/norm2/scale"),
+    Rule(f"{_BLOCK}.norm2.bias", "vision/blocks/norm2/bias"),
+    Rule(f"{_BLOCK}.mlp.fc1.weight", "vision/blocks/up/w", "F E -> E F"),
+    Rule(f"{_BLOCK}.mlp.fc1.bias", "vision/blocks/up/b"),
+    Rule(f"{_BLOCK}.mlp.fc2.weight", "vision/blocks/down/w", "E F -> F E"),
+    Rule(f"{_BLOCK}.mlp.fc2.bias", "vision/blocks/down/b"),
+    Rule(f"{_TOWER}.vision_layernorm.weight", "vision/norm/scale"),
+    Rule(f"{_TOWER}.vision_layernorm.bias", "vision/norm/bias"),
+)

@@ -1,0 +1,60 @@
+"""Eight simulated devices, strict dtypes, full float32 products; recorded reference data when it is at hand."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+class Golden:
+    """Recorded inputs and outputs of the PyTorch reference."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        self.cases: list[dict[str, Any]] = json.loads((folder / "manifest.json").read_text())["cases"]
+
+    def names(self, group: str) -> list[str]:
+        """Case names of a group, for example `names("A_tome")`."""
+        return [c["name"] for c in self.cases if c["group"] == group]
+
+    def case(self, group: str, name: str) -> dict[str, Any]:
+        """The manifest's entry of one case."""
+        return next(c for c in self.cases if c["group"] == group and c["name"] == name)
+
+    def tensors(self, file: str) -> dict[str, np.ndarray]:
+        """All tensors of one recorded file."""
+        from safetensors.numpy import load_file
+
+        return load_file(self.folder / file)
+
+    def json(self, file: str) -> Any:
+        return json.loads((self.folder / file).read_text())
+
+
+@pytest.fixture(scope="session")
+def golden() -> Golden:
+    folder = SHARED / "golden"
+    if not folder.is_dir():
+        pytest.skip("recorded reference data is not beside this checkout (../shared/golden)")
+    return Golden(folder)
+
+
+@pytest.fixture(scope="session")
+def videos() -> pathlib.Path:
+    folder = SHARED / "videos"
+    if not folder.is_dir():
+        pytest.skip("sample clips are not beside this checkout (../shared/videos)")
+    return folder

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from data_pipeline import chat
+from data_pipeline.tokenizer import load_tokenizer, train_bpe
+
+FILE = "G_preprocess_text.json"
+
+
+@pytest.fixture(scope="module")
+def qwen(golden):
+    return load_tokenizer(golden.folder / "G_tokenizer")
+
+
+def test_recorded_conversations(golden, qwen):
+    for case in golden.json(FILE)["preprocess_qwen"]:
+        before = copy.deepcopy(case["conversation"])
+        turns = chat.read_turns(case["conversation"])
+        if "after_preprocess_multimodal" in case:
+            turns = chat.place_media(turns, case["msg"])
+            assert [content for _, content in turns] == case["after_preprocess_multimodal"]
+        got = chat.encode_chat(qwen, turns, has_media=case["has_image"], system=case.get("system_message"))
+        assert got.ids == case["input_ids"], case["name"]
+        assert got.labels == case["labels"], case["name"]
+        assert case["conversation"] == before  # the reference adds the message again each time it is read
+
+
+def test_recorded_prompts(golden, qwen):
+    for case in golden.json(FILE)["prompts"]:
+        messages = []
+        for question, answer in case["messages"]:
+            messages.append({"role": "user", "content": question})
+            if answer is not None:
+                messages.append({"role": "assistant", "content": answer})
+        open_turn = messages[-1]["role"] == "user"
+        text = chat.prompt_text(messages, answer=open_turn)
+        assert text == case["prompt"]
+        if open_turn:
+            assert chat.prompt_ids(qwen, messages) == case["tokenizer_image_token"]
+
+
+def test_recorded_batches_of_the_whole_model(golden, qwen):
+    checked = 0
+    for name in golden.names("F_full"):
+        case = golden.case("F_full", name)
+        if "conversations" not in case["config"]:
+            continue
+        stored = golden.tensors(case["file"])
+        for row, sample in enumerate(case["config"]["conversations"]):
+            got = chat.encode_sample(qwen, sample["conversation"], has_media=sample["has_image"], message=sample["msg"])
+            length = int(stored["attention_mask"][row].sum())
+            assert got.ids == stored["input_ids"][row, :length].tolist()
+            assert got.labels == stored["labels"][row, :length].tolist()
+            checked += 1
+    assert checked > 5
+
+
+def test_recorded_internvl_prompts(golden):
+    for case in golden.json("I_prompts.json"):
+        if case.get("template") != "internvl2_5" or "prompt_turn_2" not in case:
+            continue
+        first = chat.frames_question("Describe this video in detail.", case["num_frames"])
+        assert first == case["question_1"]
+        filled = "<IMG_CONTEXT>" * case["tokens_per_frame"]
+        messages = [{"role": "user", "content": first}]
+        text = chat.prompt_text(messages, template="internvl2_5").replace("<image>", filled)
+        assert text == case["prompt_turn_1"]
+        messages += [
+            {"role": "assistant", "content": case["response_1"]},
+            {"role": "user", "content": case["question_2"]},
+        ]
+        assert chat.prompt_text(messages, template="internvl2_5").replace("<image>", filled) == case["prompt_turn_2"]
+
+
+def test_training_and_inference_whitespace_differ():
+    message = "\nThe video lasts for 10.00 seconds, and 64 frames are uniformly sampled from it. "
+    trained = chat.place_media([("user", "<image>\nWho?")], message)[0][1]
+    assert trained.endswith("from it. \nWho?")
+    asked = chat.first_question("Who?", message)
+    assert asked.endswith("from it. Who?")
+    assert chat.first_question("Who?") == "<image>\nWho?"
+
+
+def test_plain_learns_the_caption_and_the_newline():
+    small = train_bpe(["a red ball"], 270)
+    conversation = [{"from": "human", "value": "Describe.\n<image>"}, {"from": "gpt", "value": "a red ball"}]
+    got = chat.encode_sample(small, conversation, template="plain", has_media=True, message="\nIt lasts. ")
+    assert got.ids == [-200, *small.encode("a red ball\n")]
+    assert got.labels == [-100, *small.encode("a red ball\n")]
+
+
+def test_labels_follow_the_vocabulary_not_constants():
+    small = train_bpe(["hello"], 262)
+    got = chat.encode_chat(small, [("user", "a\nb"), ("assistant", "c")], has_media=False)
+    learnt = {i for i, label in zip(got.ids, got.labels, strict=True) if label >= 0}
+    assert learnt >= {small.newline_id, small.im_start_id, small.im_end_id}
+    answer = small.encode("<|im_start|>assistant\nc<|im_end|>\n")
+    assert got.labels[-len(answer) :] == answer
+    opened = got.ids.index(small.encode("a")[0], len(got.ids) - len(answer) - 6)
+    assert got.labels[opened] == -100
+
+
+def test_both_spellings_of_a_turn():
+    a = chat.read_turns([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}])
+    b = chat.read_turns([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])
+    c = chat.read_turns(
+        [{"role": "<|im_start|>user", "content": "q"}, {"role": "<|im_start|>assistant", "content": "a"}]
+    )
+    assert a == b == c
+
+
+def test_clean_answer():
+    small = train_bpe(["hello"], 262)
+    assert chat.clean_answer(small, small.encode(" two <|im_end|>\n")) == "two"
+
+
+@pytest.mark.parametrize(
+    ("conversation", "template", "fault"),
+    [
+        ([{"from": "gpt", "value": "a"}], "qwen_2", "has no user turn"),
+        ([], "qwen_2", "has no user turn"),
+        ([{"text": "a"}], "qwen_2", r"turn 0 has keys \['text'\]"),
+        ([{"from": "human", "value": 3}], "qwen_2", "turn 0 has keys"),
+        ([{"from": "human", "value": "<image>"}], "plain", "needs two turns"),
+        ([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "plain", "the first with <image>"),
+        ([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "llama", "template is 'llama'"),
+    ],
+)
+def test_malformed_conversations_are_named(conversation, template, fault):
+    small = train_bpe(["hello"], 262)
+    with pytest.raises(ValueError, match=fault):
+        chat.encode_sample(small, conversation, template=template, has_media=True)
+    with pytest.raises(ValueError, match="template is 'llama'"):
+        chat.prompt_text([], template="llama")

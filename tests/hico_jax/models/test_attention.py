@@ -1,0 +1,54 @@
+"""The models' attention: its defaults, its padding, and the single query of decoding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hico_jax.kernels import reference
+from hico_jax.models import attention
+
+
+def arrays(rows: int, length: int, seed: int = 0) -> list[Any]:
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=(rows, length, heads, 4)), jnp.float32) for heads in (4, 2, 2)]
+
+
+def where(rows: int, length: int) -> dict[str, Any]:
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
+    ones = jnp.ones((rows, length), jnp.int32)
+    return {"q_positions": positions, "k_positions": positions, "q_segments": ones, "k_segments": ones}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_defaults_are_one_segment_counted_from_zero(causal: bool) -> None:
+    q, k, v = arrays(2, 9)
+    expected = reference.attention(q, k, v, **where(2, 9), causal=causal)
+    # float32 sums of nine terms
+    np.testing.assert_allclose(attention.attend(q, k, v, causal=causal), expected, atol=1e-6)
+
+
+def test_padding_is_zero_and_never_nan_in_gradients() -> None:
+    q, k, v = arrays(1, 6)
+    segments = jnp.asarray([[1, 1, 1, 1, 0, 0]])
+
+    def loss(q: Any, k: Any, v: Any) -> Any:
+        return jnp.square(attention.attend(q, k, v, q_segments=segments, k_segments=segments)).sum()
+
+    assert (attention.attend(q, k, v, q_segments=segments, k_segments=segments)[:, 4:] == 0).all()
+    for gradient in jax.grad(loss, (0, 1, 2))(q, k, v):
+        assert np.isfinite(gradient).all()
+        assert (gradient[:, 4:] == 0).all()
+
+
+def test_one_query_equals_the_last_row_of_the_whole() -> None:
+    q, k, v = arrays(2, 9)
+    whole = reference.attention(q, k, v, **where(2, 9), causal=True)
+    lie = [jnp.swapaxes(jnp.pad(a, ((0, 0), (0, 3), (0, 0), (0, 0)), constant_values=7.0), 1, 2) for a in (k, v)]
+    visible = jnp.broadcast_to(jnp.arange(12) < 9, (2, 12))
+    one = attention.attend_one(q[:, -1:], *lie, visible)
+    np.testing.assert_allclose(one, whole[:, -1:], atol=1e-6)
