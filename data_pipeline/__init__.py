@@ -1,1 +1,1 @@
-"""From films, pictures and conversations to the `Batch` the model reads. NumPy on the host, never JAX."""
+"""From films, pictures and conversations to the `Batch` that the model reads. NumPy on the host; see README.md."""

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from data_pipeline.tokenizer import IMAGE_TEXT, Tokenizer, encode_media
+from hico_jax.shapes import ndarray
 
 IGNORE = -100  # a label that is not learnt
 NOISE = "QA_GT_caption_based_noisy"  # a mark in some of the reference's annotations
@@ -195,7 +196,7 @@ def prompt_ids(
     return _start(tokenizer)[0] + encode_media(tokenizer, text)
 
 
-def clean_answer(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+def clean_answer(tokenizer: Tokenizer, ids: Sequence[int] | ndarray) -> str:
     """The answer's text: special tokens out, a trailing stop mark cut, whitespace stripped."""
     return tokenizer.decode(ids).strip().removesuffix("<|im_end|>").strip()
 

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
+import zlib
 from collections.abc import Iterator
 
 import av
 import av.error
+from PIL import Image
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip", b"pnot", b"uuid")
@@ -31,10 +34,11 @@ _PREFIXES = (
     (b"\xff\xd8\xff", "picture"),
     (b"BM", "picture"),
 )
-# What PyAV has been seen to raise on damaged files, beside its own errors.
+# What PyAV and Pillow have been seen to raise on damaged files, beside their own errors.
 LEAKS = (
     av.error.FFmpegError, EOFError, IndexError, AttributeError, MemoryError, UnicodeError, OverflowError, OSError,
-    TypeError, ValueError, ZeroDivisionError, RuntimeError, KeyError, AssertionError,
+    TypeError, ValueError, ZeroDivisionError, RuntimeError, KeyError, AssertionError, SyntaxError, struct.error, zlib.error,
+    Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
 
 

@@ -97,7 +97,7 @@ def iter_film(
 # --- listing -----------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def _index(path: str, container: str, _mtime: int, _size: int) -> FilmIndex:
     with guard(path, "reading"), _open(path, container) as film:
         stream = _video_stream(path, film)

@@ -171,8 +171,7 @@ def folder_indices(
     """
     if num_files < 1:
         raise ValueError("cannot choose frames from an empty folder")
-    clipped = start_s is not None and end_s is not None
-    if clipped:
+    if start_s is not None and end_s is not None:
         available = (min(num_files / fps, end_s) - max(0, start_s)) * fps  # the reference keeps the fraction
         if available <= 0:
             raise ValueError(
@@ -187,7 +186,7 @@ def folder_indices(
         floor = int(available // sampling.multiple * sampling.multiple if dynamic else available)
     if dynamic:
         wanted = max(floor, per_second(duration, sampling.multiple, sampling.max_frames))
-    if not clipped:
+    if start_s is None or end_s is None:
         asked = dataclasses.replace(sampling, min_frames=floor, num_wanted=wanted)
         return frame_indices(num_files, 1.0, asked, rng), duration
     first = max(1, round(start_s * fps))

@@ -7,21 +7,49 @@ Next: data_pipeline/layout.py
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
 
-from data_pipeline.containers import VideoError
+from data_pipeline.containers import LEAKS, VideoError
 from hico_jax.shapes import Float, UInt8, ndarray
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 MEAN_COLOUR = (123, 116, 103)  # int(255 * MEAN): what pictures are padded with
+GRID = "(1x1),...,(6x6)"  # columns x rows of tiles, from the least to the most
 ASPECTS = ("anyres_nopad", "square", "pad")
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """An opened picture whose faults become one `VideoError`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
+            with Image.open(path) as image:
+                yield image
+    except FileNotFoundError as error:
+        raise VideoError(f"{os.fspath(path)}: no such file") from error
+    except LEAKS as error:
+        raise VideoError(f"{os.fspath(path)}: this picture cannot be read ({error})") from error
+
+
+def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Width and height from a picture's header.
+
+    Raises:
+      VideoError: missing, not a picture, or too large.
+    """
+    with _opened(path) as image:
+        return image.size
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
@@ -30,59 +58,61 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
       VideoError: missing, not a picture, truncated, or too large.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)
-            with Image.open(path) as image:
-                return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise VideoError(f"{os.fspath(path)}: no such file") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise VideoError(f"{os.fspath(path)}: this picture cannot be read ({error})") from error
+    with _opened(path) as image:
+        return image.convert("RGB")
 
 
 def resize(frame: UInt8[ndarray, "height width 3"], height: int, width: int) -> UInt8[ndarray, "height2 width2 3"]:
-    """Squash to a size with Pillow's bicubic: antialiased when shrinking, rounded to uint8."""
-    if frame.shape[:2] == (height, width):
-        return frame
-    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+    """Squash to a size with Pillow's bicubic: antialiased when shrinking, rounded to uint8.
+
+    Width first, then height, in two calls: the passes round in between, and Pillow 13 would choose their order by
+    cost, where earlier ones, and the models' training, always began with the width.
+    """
+    image = Image.fromarray(frame)
+    if image.width != width:
+        image = image.resize((width, image.height), Image.Resampling.BICUBIC)
+    if image.height != height:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image)
 
 
 def normalize(pixels: UInt8[ndarray, "*lead 3"]) -> Float[ndarray, "*lead 3"]:
     """uint8 to the tower's float32, bit for bit as `UMTImageProcessor` computes it."""
     scaled = (pixels.astype(np.float64) * (1 / 255)).astype(np.float32)
-    return (scaled - np.float32(MEAN)) / np.float32(STD)
+    return (scaled - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
 
 
-def parse_grid(text: str) -> tuple[int, int]:
-    """The largest grid named by a specification such as "(1x1),...,(6x6)": columns and rows.
+def candidates(grid: str | Sequence[Sequence[int]], px: int) -> list[tuple[int, int]]:
+    """The (width, height) that a picture may be squashed to: `image_grid_pinpoints`, as text or as a list of them.
 
-    Only the last pair counts, as in the reference; the smallest grid is taken to be one tile.
+    Of a text such as "(1x1),...,(6x6)" only the first and the last pair count: everything between is allowed.
 
     Raises:
       ValueError: no pair in the text.
 
     Example:
-      >>> parse_grid("(1x1),...,(6x6)")
-      (6, 6)
+      >>> candidates("(1x1),...,(1x2)", 224)
+      [(224, 224), (224, 448)]
     """
-    pairs = re.findall(r"\((\d+)x(\d+)\)", text)
+    if not isinstance(grid, str) or grid.startswith("["):
+        return [(int(w), int(h)) for w, h in (json.loads(grid) if isinstance(grid, str) else grid)]
+    pairs = [(int(w), int(h)) for w, h in re.findall(r"\((\d+)x(\d+)\)", grid)]
     if not pairs:
-        raise ValueError(f"grid {text!r} names no grid; write it like '(1x1),...,(6x6)'")
-    return int(pairs[-1][0]), int(pairs[-1][1])
+        raise ValueError(f"grid {grid!r} names no grid; write it like {GRID!r}")
+    first, last = pairs[0], pairs[-1]
+    return [(w * px, h * px) for w in range(first[0], last[0] + 1) for h in range(first[1], last[1] + 1)]
 
 
 def best_resolution(
-    size: tuple[int, int], candidates: Sequence[tuple[int, int]], px: int, max_pixels: int | None = None
+    size: tuple[int, int], allowed: Sequence[tuple[int, int]], px: int, max_pixels: int | None = None
 ) -> tuple[int, int]:
     """The (width, height) that keeps most of the picture's pixels and wastes least (`select_best_resolution`).
 
     `max_pixels` bounds the canvas and the global view together; one tile is always allowed.
     """
     width, height = size
-    best, best_kept, best_waste = candidates[0], -1, 0
-    for w, h in candidates:
+    best, best_kept, best_waste = allowed[0], -1, 0
+    for w, h in allowed:
         if max_pixels is not None and w * h != px * px and w * h + px * px > max_pixels:
             continue
         scale = min(w / width, h / height)
@@ -94,7 +124,7 @@ def best_resolution(
 
 
 def grid_shape(
-    size: tuple[int, int], px: int, max_grid: tuple[int, int] = (6, 6), max_pixels: int | None = None
+    size: tuple[int, int], px: int, grid: str | Sequence[Sequence[int]] = GRID, max_pixels: int | None = None
 ) -> tuple[int, int]:
     """Columns and rows of tiles for a picture of (width, height) (`get_anyres_image_grid_shape`).
 
@@ -102,19 +132,18 @@ def grid_shape(
       >>> grid_shape((1920, 1080), 448)
       (5, 3)
     """
-    candidates = [(c * px, r * px) for c in range(1, max_grid[0] + 1) for r in range(1, max_grid[1] + 1)]
-    width, height = best_resolution(size, candidates, px, max_pixels)
+    width, height = best_resolution(size, candidates(grid, px), px, max_pixels)
     return width // px, height // px
 
 
 def anyres_tiles(
-    image: Image.Image, px: int, max_grid: tuple[int, int] = (6, 6)
+    image: Image.Image, px: int, grid: str | Sequence[Sequence[int]] = GRID
 ) -> tuple[UInt8[ndarray, "I px px 3"], tuple[int, int]]:
     """The whole picture squashed to one tile, then its tiles in raster order; and (rows, columns).
 
     Even a grid of one gives two tiles, as in the reference (`process_anyres_image_nopad`).
     """
-    cols, rows = grid_shape(image.size, px, max_grid)
+    cols, rows = grid_shape(image.size, px, grid)
     canvas = resize(np.asarray(image), rows * px, cols * px)
     tiles = canvas.reshape(rows, px, cols, px, 3).swapaxes(1, 2).reshape(rows * cols, px, px, 3)
     return np.concatenate([resize(np.asarray(image), px, px)[None], tiles]), (rows, cols)
@@ -132,7 +161,7 @@ def pad_square(image: Image.Image) -> Image.Image:
 
 
 def picture_tiles(
-    images: Sequence[Image.Image], px: int, *, aspect: str = "anyres_nopad", max_grid: tuple[int, int] = (6, 6)
+    images: Sequence[Image.Image], px: int, *, aspect: str = "anyres_nopad", grid: str | Sequence[Sequence[int]] = GRID
 ) -> list[tuple[UInt8[ndarray, "I px px 3"], tuple[int, int] | None]]:
     """Tiles and grid (None: one plain tile) of each picture of a sample.
 
@@ -144,6 +173,6 @@ def picture_tiles(
     if aspect not in ASPECTS:
         raise ValueError(f"image_aspect is {aspect!r}; it must be one of {', '.join(ASPECTS)}")
     if aspect == "anyres_nopad" and len(images) == 1:
-        return [anyres_tiles(images[0], px, max_grid)]
+        return [anyres_tiles(images[0], px, grid)]
     pad = aspect != "square"
     return [(resize(np.asarray(pad_square(i) if pad else i), px, px)[None], None) for i in images]

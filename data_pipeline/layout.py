@@ -201,6 +201,19 @@ def _join(arrays: Sequence[ndarray | None]) -> ndarray | None:
     return np.concatenate(present) if present else None
 
 
+def skip_positions(r: Row, reach: int, rng: np.random.Generator) -> Row:
+    """Let the positions jump: by `a` from the start of the row, by `b >= a` from a random place on, both up to `reach`.
+
+    A short row then trains the distances of a long film (`use_pos_skipping` in the reference, which draws once for
+    a micro-batch of one).
+    """
+    place = int(rng.integers(len(r) + 1))
+    first = int(rng.integers(reach + 1))
+    second = int(rng.integers(first, reach + 1))
+    jump = np.where(np.arange(len(r)) < place, first, second).astype(np.int32)
+    return dataclasses.replace(r, positions=r.positions + jump)
+
+
 def targets(r: Row) -> tuple[Int[ndarray, " L"], Float[ndarray, " L"]]:
     """What each position predicts, and its weight: the next label of its segment, 0 where there is none.
 
@@ -248,22 +261,25 @@ def collate(
                 f"a row has {has} {name} but the batch has room for {most}; raise the buckets or the limits"
             )
     shape = (len(rows), length)
-    out = {k: np.zeros(shape, np.int32) for k in ("tokens", "positions", "segments", "targets")}
+    tokens, positions, segments, answers = (np.zeros(shape, np.int32) for _ in range(4))
     slots, weights = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
     labelled = np.zeros(shape, bool)
     for b, r in enumerate(rows):
         at = slice(len(r))
-        out["tokens"][b, at], out["positions"][b, at], out["segments"][b, at] = r.tokens, r.positions, r.segments
-        out["targets"][b, at], weights[b, at] = targets(r)
+        tokens[b, at], positions[b, at], segments[b, at] = r.tokens, r.positions, r.segments
+        answers[b, at], weights[b, at] = targets(r)
         slots[b, at] = _shift(r, geometry, num_clips)
         labelled[b, at] = r.labels != IGNORE
     px, frames = geometry.image_px, geometry.frames_per_clip
     batch = Batch(
+        tokens=tokens,
         slots=slots,
+        positions=positions,
+        segments=segments,
+        targets=answers,
         weights=weights,
         clips=_pixels([r.clips for r in rows], num_clips if pixels else 0, (frames, px, px, 3)),
         images=_pixels([r.tiles for r in rows], num_tiles if pixels else 0, (px, px, 3)),
-        **out,
     )
     if not geometry.drop.num_stages:
         return batch

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from absl import flags
 
 from data_pipeline import buckets, layout
 from data_pipeline.annotations import Sample, read_annotations
@@ -152,8 +153,10 @@ class Plan:
         step, local = divmod(number, self.rows_per_step)
         first = local * self.hosts
         mine = self.sample_at(step, first + self.host)
-        row, fault = self._row(mine, step)
-        sizes = self._sizes(row)
+        row, sizes, fault = self._row(mine, step)
+        if self.config.position_skip:
+            rng = np.random.default_rng((self.config.seed, step, first + self.host))
+            row = layout.skip_positions(row, self.config.position_skip, rng)
         if self.hosts > 1 and (not self.fixed or self.geometry.drop.num_stages):
             for place in range(first, first + self.hosts):
                 if place != first + self.host:
@@ -163,18 +166,19 @@ class Plan:
     def _sizes(self, row: layout.Row) -> layout.Sizes:
         return layout.measure(row, self.geometry)
 
-    def _row(self, index: int, step: int) -> tuple[layout.Row, str]:
+    def _row(self, index: int, step: int) -> tuple[layout.Row, layout.Sizes, str]:
+        """A row of this host. Its sizes are those of its layout even where its pixels fail: others count with them."""
         if (kept := self._cache.get(index)) is not None:
-            return kept, ""
+            return kept, self._sizes(kept), ""
         laid, fault = self._lay_out(index, step)
-        if fault:
-            return laid.row, fault
-        try:
-            row = read_pixels(laid, self.geometry, self.config)
-        except ValueError as error:  # every fault of a file or an annotation is one
-            return self._dummy().row, _reason(error)
-        self._cache.put(index, row)
-        return row, ""
+        row, sizes = laid.row, self._sizes(laid.row)
+        if not fault:
+            try:
+                row = read_pixels(laid, self.geometry, self.config)
+                self._cache.put(index, row)
+            except ValueError as error:  # every fault of a file or an annotation is one
+                row, fault = self._dummy().row, _reason(error)
+        return row, sizes, fault
 
     def _lay_out(self, index: int, step: int) -> tuple[Lay, str]:
         rng = np.random.default_rng((self.config.seed, step // self.steps_per_epoch, index))
@@ -186,7 +190,7 @@ class Plan:
     def _dummy(self) -> Lay:
         """A row that takes part but teaches nothing."""
         row = layout.row([self.tokenizer.pad_id, self.tokenizer.pad_id], None, [], self.geometry)
-        return Lay(row, (), (), None)
+        return Lay(row)
 
     def collate(self, made: Sequence[Made]) -> tuple[Batch, Sequence[Made]]:
         """This host's part of a global batch, in the shape that all hosts choose."""
@@ -215,11 +219,7 @@ class Loader:
         epochs = config.num_epochs or (1 << 31) // max(1, plan.steps_per_epoch * plan.rows_per_step)
         self.num_steps: int | None = plan.steps_per_epoch * config.num_epochs or None
         rows = grain.MapDataset.range(epochs * plan.steps_per_epoch * plan.rows_per_step).map(plan.make)
-        options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=config.prefetch_rows)
-        dataset = rows.to_iter_dataset(options).batch(plan.rows_per_step, batch_fn=list)
-        if config.worker_count:
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.worker_count))
-        self._iterator = iter(dataset)
+        self._iterator = iter(_reading(rows, plan.rows_per_step, config))
         self._step, self._seen = 0, 0
         self._bad: collections.Counter[str] = collections.Counter()
         if start is not None:
@@ -286,6 +286,18 @@ class Loader:
     def close(self) -> None:
         """Stop reading ahead."""
         self._iterator.close()
+
+
+def _reading(rows: grain.MapDataset, count: int, config: DataConfig) -> grain.IterDataset:
+    """Lists of `count` rows in order, read ahead: threads share out the rows, processes share out whole lists."""
+    options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=config.prefetch_rows)
+    if not config.worker_count:
+        return rows.to_iter_dataset(options).batch(count, batch_fn=list)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain asks for a flag, also in a program that has none
+    ahead = grain.ReadOptions(config.read_threads, max(1, config.prefetch_rows // count))
+    steps = rows.batch(count, batch_fn=list).to_iter_dataset(ahead)
+    return steps.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.worker_count))
 
 
 class _Cache:

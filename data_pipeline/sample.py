@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from data_pipeline import chat, image, layout, video
 from data_pipeline.annotations import Sample
@@ -27,20 +26,19 @@ class Lay(NamedTuple):
     """A row without pixels, and where its pixels come from."""
 
     row: layout.Row
-    films: tuple[tuple[video.VideoInfo, ndarray], ...]  # a film and the indices of its frames
-    pictures: tuple[str, ...]
-    opened: list[Image.Image] | None
+    films: tuple[tuple[video.VideoInfo, ndarray], ...] = ()  # a film and the indices of its frames
+    pictures: tuple[str, ...] = ()
 
 
 def lay_out(
     sample: Sample, config: DataConfig, geometry: Geometry, tokenizer: Tokenizer, rng: np.random.Generator
 ) -> Lay:
-    """Tokenize a sample and place its visual tokens. Reads sizes and frame counts, decodes nothing but small pictures.
+    """Tokenize a sample and place its visual tokens. Reads sizes and frame counts; no pixel is decoded for it.
 
     Raises:
       ValueError: whatever makes the sample unusable, in one sentence.
     """
-    films, opened, visuals, message = [], None, [], ""
+    films, visuals, message = [], [], ""
     if sample.media == "video":
         for path in sample.paths:
             info = video.open_video(path, sample.reader)
@@ -49,8 +47,8 @@ def lay_out(
             visuals.append(Visual.film(len(indices), geometry))
             message = time_message(duration, indices, info.fps, config.time_message)
     elif sample.media == "image":
-        opened = [image.read_image(p) for p in sample.paths]
-        visuals = [_picture(i, len(opened), config, geometry) for i in opened]
+        sizes = [image.read_size(p) for p in sample.paths]
+        visuals = [_picture(size, len(sizes), config, geometry) for size in sizes]
     text = chat.encode_sample(
         tokenizer,
         sample.conversation,
@@ -66,13 +64,13 @@ def lay_out(
         max_length=config.max_length or None,
         truncate=config.truncate,
     )
-    return Lay(row, tuple(films), sample.paths if opened else (), opened)
+    return Lay(row, tuple(films), sample.paths if sample.media == "image" else ())
 
 
-def _picture(picture: Image.Image, count: int, config: DataConfig, geometry: Geometry) -> Visual:
+def _picture(size: tuple[int, int], count: int, config: DataConfig, geometry: Geometry) -> Visual:
     if config.image_aspect != "anyres_nopad" or count > 1:
         return Visual.picture()
-    cols, rows = image.grid_shape(picture.size, geometry.image_px, image.parse_grid(config.image_grid))
+    cols, rows = image.grid_shape(size, geometry.image_px, config.image_grid)
     return Visual.picture(1 + rows * cols, (rows, cols))
 
 
@@ -86,10 +84,9 @@ def read_pixels(laid: Lay, geometry: Geometry, config: DataConfig) -> layout.Row
     clips, tiles = None, None
     if laid.films:
         clips = np.concatenate([read_clips(info, indices, geometry) for info, indices in laid.films])
-    if laid.opened:
-        made = image.picture_tiles(
-            laid.opened, px, aspect=config.image_aspect, max_grid=image.parse_grid(config.image_grid)
-        )
+    if laid.pictures:
+        opened = [image.read_image(p) for p in laid.pictures]
+        made = image.picture_tiles(opened, px, aspect=config.image_aspect, grid=config.image_grid)
         tiles = np.concatenate([t for t, _ in made])
     return dataclasses.replace(laid.row, clips=clips, tiles=tiles)
 
@@ -104,3 +101,48 @@ def read_clips(info: video.VideoInfo, indices: ndarray, geometry: Geometry) -> U
         out[order[at : at + len(piece)]] = piece
         at += len(piece)
     return out.reshape(-1, geometry.frames_per_clip, px, px, 3)
+
+
+def inference_row(
+    tokenizer: Tokenizer,
+    geometry: Geometry,
+    messages: str | Sequence[Mapping[str, str]],
+    *,
+    indices: Sequence[int] | ndarray = (),
+    fps: float = 1.0,
+    duration_s: float = 0.0,
+    template: str = "qwen_2",
+    style: str = "short",
+    system: str | None = None,
+    max_length: int | None = None,
+) -> layout.Row:
+    """The prompt for a question, or a dialogue, about one film of which the frames `indices` are seen.
+
+    The first user turn gets the placeholder and the time message unless it has an `<image>` already; the history is
+    rendered again in full each time (`chat` in the released model). Without `indices` it is plain text.
+
+    Raises:
+      ValueError: the dialogue is empty, or the row is longer than the model takes.
+    """
+    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(m) for m in messages]
+    asked = next((t for t in turns if t.get("role") == "user"), None)
+    if asked is None:
+        raise ValueError("the dialogue has no user turn; give at least one question")
+    count, visuals = len(indices), []
+    per_frame = template == "internvl2_5"
+    if count:
+        visuals = [Visual.film(count, geometry, parts=count if per_frame else 1)]
+        if chat.IMAGE_TEXT not in asked["content"]:
+            message = time_message(duration_s, indices, fps, style)
+            said = asked["content"]
+            asked["content"] = chat.frames_question(said, count) if per_frame else chat.first_question(said, message)
+    ids = chat.prompt_ids(tokenizer, turns, template=template, system=system)
+    return layout.row(ids, None, visuals, geometry, max_length=max_length)
+
+
+def inference_batch(
+    row: layout.Row, geometry: Geometry, *, length: int | None = None, num_clips: int | None = None
+) -> Batch:
+    """One row as a batch to answer: nothing is learnt, pixels only if the row has them."""
+    pixels = row.clips is not None or row.tiles is not None
+    return layout.collate([row], geometry, length, num_clips, training=False, pixels=pixels)

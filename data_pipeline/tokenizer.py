@@ -12,7 +12,9 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+from hico_jax.shapes import ndarray
 
 IMAGE_TEXT = "<image>"  # where a video or image stands in a text
 PLACEHOLDER = -200  # and in the ids, until layout puts visual tokens there
@@ -23,6 +25,7 @@ QWEN_SPLIT = (
 )
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the house asks of a tokenizer."""
 
@@ -53,7 +56,7 @@ class Tokenizer(Protocol):
         """Ids of a text; chat marks in it become their own ids."""
         ...
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+    def decode(self, ids: Sequence[int] | ndarray, *, skip_special: bool = True) -> str:
         """The text of ids; placeholders (negative ids) are left out."""
         ...
 
@@ -86,7 +89,7 @@ class BytePairTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._inner.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+    def decode(self, ids: Sequence[int] | ndarray, *, skip_special: bool = True) -> str:
         return self._inner.decode([int(i) for i in ids if i >= 0], skip_special_tokens=skip_special)
 
     def save(self, folder: str | os.PathLike[str]) -> pathlib.Path:
@@ -130,7 +133,7 @@ class SentencePieceTokenizer:
                 ids.extend(self._model.encode(part))
         return ids
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+    def decode(self, ids: Sequence[int] | ndarray, *, skip_special: bool = True) -> str:
         texts: list[str] = []
         run: list[int] = []
         size = self._model.get_piece_size()

@@ -150,7 +150,9 @@ def _restore(folder: epath.Path, params: Any, optimizer: Any) -> Restored:
     problems = mismatches(have, flatten(wanted))
     if problems:
         raise ValueError(f"{folder} does not fit this model:\n  " + "\n  ".join(problems))
-    arrays = {name: _read(folder, name, ocp.args.StandardRestore(tree)) for name, tree in wanted.items()}
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # or the saved mesh would be asked for again
+    placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or here), wanted)
+    arrays = {name: _read(folder, name, ocp.args.StandardRestore(tree)) for name, tree in placed.items()}
     for name, found in manifest(arrays).items():
         if written[name]["digest"] != found["digest"]:
             raise DamagedError(f"{folder} is damaged: {name} is not what was written")

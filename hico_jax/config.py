@@ -144,6 +144,23 @@ def from_json(text: str) -> Experiment:
     return freeze(json.loads(text))
 
 
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for every value that differs between two resolved configurations.
+
+    Example:
+      >>> differences({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2})
+      ['a.b: 1 -> 3']
+    """
+    found: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}: {before} -> {after}")
+    return found
+
+
 def unknown_key(key: str, prefix: str, valid: list[str]) -> ValueError:
     """The error for a key that does not exist, with the nearest one that does."""
     initials = "".join(word[0] for word in key.split("_") if word)  # `learning_rate` is nearest to `lr`
@@ -229,8 +246,9 @@ def _freeze(hint: Any, value: Any, path: str) -> Any:
         if dataclasses.is_dataclass(hint):
             return _freeze_dataclass(hint, value, path)
         raise ValueError(f"{path} is a section; it must be a {_name(hint)}")
-    if dataclasses.is_dataclass(hint) and not isinstance(value, hint):  # type: ignore[arg-type]
-        raise ValueError(f"{path} is {value!r}; it must be a section with keys")
+    is_part = hint is Any and path.split(".")[-1] in registry.PARTS
+    if is_part or (dataclasses.is_dataclass(hint) and not isinstance(value, hint)):  # type: ignore[arg-type]
+        raise ValueError(f"{path} is {value!r}; it must be a section with keys of its own")
     if isinstance(value, list | tuple):
         return _freeze_tuple(hint, value, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -44,7 +44,7 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         wrong = {
             "max_new_tokens": (self.max_new_tokens < 1, "at least 1"),
-            "temperature": (self.do_sample and self.temperature <= 0, "positive when sampling; do_sample=False is greedy"),
+            "temperature": (self.do_sample and self.temperature <= 0, "positive; do_sample=False is greedy"),
             "top_k": (self.top_k < 0, "0 (all) or more"),
             "top_p": (not 0 < self.top_p <= 1, "above 0 and at most 1"),
             "repetition_penalty": (self.repetition_penalty <= 0, "positive"),
@@ -72,7 +72,7 @@ def generate(
     batch, visual = prompt if isinstance(prompt, tuple) else (prompt, None)
     if visual is None:
         visual = _encode(model, batch.clips, batch.images)
-    stream = _splice(model, batch.replace(clips=None, images=None), visual)
+    stream = _splice(model, dataclasses.replace(batch, clips=None, images=None), visual)
     return continue_stream(model.llm, stream, batch.drop, config, schedule=model.config.drop)
 
 

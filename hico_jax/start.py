@@ -7,6 +7,7 @@ Next: hico_jax/train.py
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from hico_jax import checkpoint, config, optim
+from hico_jax import checkpoint, optim
 from hico_jax.config import Experiment
 from hico_jax.convert import load
 from hico_jax.parallel import sharding
@@ -37,7 +38,7 @@ class Start(NamedTuple):
     optimizer: optax.GradientTransformation
     state: TrainState
     origin: str  # where the weights come from, in words
-    data: Any = None  # the data iterator's state, when this run resumes
+    meta: Mapping[str, Any] | None = None  # the checkpoint's JSON, when this run resumes
 
 
 def init_state(experiment: Experiment, mesh: Mesh, saved: checkpoint.Checkpointer | None = None) -> Start:
@@ -62,14 +63,13 @@ def init_state(experiment: Experiment, mesh: Mesh, saved: checkpoint.Checkpointe
         found = saved.restore(params_dict(*weights), checkpoint.to_dict(moments))
         trainable, frozen = (checkpoint.from_dict(found.params, half) for half in weights)
         state = _state(found.meta["step"], trainable, frozen, checkpoint.from_dict(found.optimizer, moments), mesh)
-        return start(state, f"resumed at step {found.meta['step']}", found.meta["data"])
+        return start(state, f"resumed at step {found.meta['step']}", found.meta)
     if experiment.init.parent:  # 2
         found = checkpoint.load_params(experiment.init.parent, params_dict(*weights))
         trainable, frozen = (checkpoint.from_dict(found.params, half) for half in weights)
         origin = f"parameters of {experiment.init.parent}, step {found.meta['step']}"
-        before = config.freeze(found.meta["config"])
-        if found.meta["step"] < before.num_steps:
-            origin += f" (WARNING: that run has not finished its {before.num_steps} steps)"
+        if found.meta["step"] < found.meta["config"]["train"]["steps"]:
+            origin += f" (WARNING: that run has not finished its {found.meta['config']['train']['steps']} steps)"
     else:
         trainable, frozen = _random(experiment, weights)  # 4
         origin = f"random weights, seed {experiment.train.seed}"

@@ -191,7 +191,7 @@ def fit(
 ) -> TrainState:
     """Train to `train.steps`, going on from the workdir's checkpoint if it has one.
 
-    `batches` yields a `Batch`, or something with `batch` and `ids`. If it has `get_state` and `set_state`, its
+    `batches` yields a `Batch`, or what the loader yields. If it has `get_state` and `set_state`, its
     position is saved and restored; otherwise the batches of steps already done are skipped. SIGTERM saves and
     returns early: the state's `step` says how far it came.
 
@@ -210,7 +210,7 @@ def fit(
         )  # fmt: skip
         _begin(run, start)
         with contextlib.closing(run.writer), contextlib.closing(run.progress), _on_sigterm(run):
-            return _loop(run, start, Source(batches, first, start.data), mesh, decode, evaluate)
+            return _loop(run, start, Source(batches, first, start.meta and start.meta["data"]), mesh, decode, evaluate)
 
 
 def _loop(
@@ -224,7 +224,7 @@ def _loop(
     first, began = int(jax.device_get(state.step)), time.monotonic()
     for step in range(first + 1, steps + 1):
         waited = time.monotonic()
-        batch, ids = source.next(step)
+        batch, ids, about = source.next(step)
         waited = time.monotonic() - waited
         if step == first + 1:
             metrics.contact_sheet(batch, epath.Path(experiment.workdir) / FIRST_BATCH_FILE, decode=decode)
@@ -235,7 +235,7 @@ def _loop(
         seconds = now - began - stepper.compile_s
         flops = cost(count)
         rates = metrics.rates(count, seconds, waited, flops, peak and peak * mesh.size)
-        run.waiting = (step, numbers, count | rates | {"compile_s": stepper.compile_s}, ids)
+        run.waiting = (step, numbers, count | rates | about | {"compile_s": stepper.compile_s}, ids)
         began = now
         run.stop = _stopping(run.stop, step)
         last = step == steps or run.stop
@@ -260,6 +260,11 @@ def _begin(run: Run, start: Start) -> None:
     run.progress.say(f"{experiment.stage}: {experiment.model_name}, {sizes[0]:,} parameters train, {sizes[1]:,} frozen")
     run.progress.say(f"weights: {start.origin}")
     run.progress.say(f"devices: {len(devices)} x {devices[0].device_kind}; workdir: {experiment.workdir}")
+    resolved = json.loads(config.to_json(experiment))
+    for line in config.differences(start.meta["config"], resolved) if start.meta else ():
+        run.progress.say(f"WARNING: changed since the checkpoint: {line}")
+    if int(jax.device_get(start.state.step)) >= experiment.num_steps:
+        run.progress.say(f"all {experiment.num_steps} steps are done; raise train.steps to go on")
     if jax.process_index() == 0:
         folder = epath.Path(experiment.workdir)
         (folder / CONFIG_FILE).write_text(config.to_json(experiment) + "\n")
@@ -281,8 +286,8 @@ class Source:
         elif position is not None:
             self._iterator.set_state(position)
 
-    def next(self, step: int) -> tuple[Batch, list[str]]:
-        """The next batch and the names of its examples.
+    def next(self, step: int) -> tuple[Batch, list[str], dict[str, float]]:
+        """The next batch, the names of its examples, and what the loader tells of it.
 
         Raises:
           ValueError: there is none.
@@ -291,9 +296,12 @@ class Source:
             item = next(self._iterator)
         except StopIteration:
             raise ValueError(
-                f"the data ends before step {step}. Lower train.steps, add data, or let it repeat."
+                f"the data ends before step {step}. Lower train.steps, add data, or let it repeat (data.num_epochs=0)."
             ) from None
-        return (item, []) if isinstance(item, Batch) else (item.batch, [str(i) for i in item.ids])
+        if isinstance(item, Batch):
+            return item, [], {}
+        info = item.info
+        return item.batch, list(info.ids), {"padding_percent": 100 * info.waste, "bad": sum(info.bad_total.values())}
 
     def position(self) -> Any:
         """What `set_state` takes to yield the next batch again; None if the data has no position of its own."""
@@ -358,6 +366,19 @@ def main(argv: Sequence[str]) -> int:
         return 2
     if experiment.train.distributed:
         jax.distributed.initialize()
-    loader = make_loader(experiment.data, experiment.model.geometry())
-    fit(experiment, loader)
+    loader = make_loader(
+        experiment.data, experiment.model.geometry(),
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    tokenizer = loader.plan.tokenizer
+    if tokenizer.vocab_size > experiment.model.llm.vocab_size:
+        raise ValueError(
+            f"{experiment.data.tokenizer} has {tokenizer.vocab_size} tokens but the model has rows for "
+            f"{experiment.model.llm.vocab_size}; give the model's own tokenizer"
+        )
+    if experiment.train.steps is None:
+        settings = dataclasses.replace(experiment.train, steps=loader.num_steps)
+        experiment = dataclasses.replace(experiment, train=settings)
+    with contextlib.closing(loader):
+        fit(experiment, loader, decode=tokenizer.decode)
     return 0

@@ -65,12 +65,20 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
         "sys.exit(f'imported {heavy}' if heavy else code)"
     )
     command = [sys.executable, "-c", program, *arguments]
-    began = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    spent = time.perf_counter() - began
     assert "imported" not in done.stderr
     assert done.returncode == (cli.MISUSED if arguments == ["oops"] else cli.OK)
-    assert spent < 3  # about 0.1 s alone; what is bounded here is an import of JAX (1 s and more) on a busy machine
+
+
+def test_help_answers_at_once() -> None:
+    """About 0.1 s; the best of five, because other tests may keep the machine busy."""
+
+    def once() -> float:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "hico_jax", "ask", "--help"], cwd=ROOT, capture_output=True, check=True)
+        return time.perf_counter() - began
+
+    assert min(once() for _ in range(5)) < 0.5
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from data_pipeline.world.glyphs import bitmap
-from data_pipeline.world.scene import COLOURS, SHAPES, Card, Ground, Scene
+from data_pipeline.world.scene import COLOURS, SHAPES, Card, Ground, Mover, Scene
 from hico_jax.shapes import Float, UInt8, ndarray
 
 _DARK = (22, 22, 26)  # inside of a card
@@ -31,14 +31,14 @@ def frame(scene: Scene, index: int) -> UInt8[ndarray, "height width 3"]:
     time_s = index / scene.fps
     card = next((c for c in scene.cards if c.start_s <= time_s < c.end_s), None)
     if card is not None:
-        canvas = _card(card.content, card.colour, card.size, scene.px).copy()
+        canvas = still(card, scene.px)
     else:
         canvas = _ground(scene, time_s)
         for mover in scene.movers:
             if mover.visible(time_s):
                 elapsed = time_s - mover.start_s
                 x, y = mover.x + mover.vx * elapsed, mover.y + mover.vy * elapsed
-                _blit(canvas, sprite(mover.shape, _pixels(mover.size, scene.px)), COLOURS[mover.colour], x, y)
+                _blit(canvas, sprite(mover.shape, _pixels(mover.size, scene.px)), _shaded(mover), x, y)
     if scene.noise:
         bank = _noise(scene.px, scene.noise)
         dy, dx = np.random.default_rng((scene.seed, index)).integers(0, scene.px, 2)
@@ -90,13 +90,18 @@ def _pixels(size: float, px: int) -> int:
     return max(4, round(size * px))
 
 
+def _shaded(event: Card | Mover) -> tuple[int, int, int]:
+    red, green, blue = COLOURS[event.colour]
+    return round(red * event.shade), round(green * event.shade), round(blue * event.shade)
+
+
 @functools.lru_cache(maxsize=512)
-def _card(content: str, colour: str, size: float, px: int) -> UInt8[ndarray, "height width 3"]:
+def _card(content: str, colour: tuple[int, int, int], size: float, px: int) -> UInt8[ndarray, "height width 3"]:
     rim = max(2, px // 16)
     canvas = np.empty((px, px, 3), np.uint8)
     canvas[:] = _RIM
     canvas[rim:-rim, rim:-rim] = _DARK
-    _blit(canvas, sprite(content, _pixels(size, px)), COLOURS[colour], 0.5, 0.5)
+    _blit(canvas, sprite(content, _pixels(size, px)), colour, 0.5, 0.5)
     return canvas
 
 
@@ -163,4 +168,4 @@ def _noise(px: int, level: int) -> np.ndarray:
 
 def still(card: Card, px: int) -> UInt8[ndarray, "height width 3"]:
     """The card alone, as a picture."""
-    return _card(card.content, card.colour, card.size, px).copy()
+    return _card(card.content, _shaded(card), card.size, px).copy()

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipeline.video import write_video
 from data_pipeline.world import draw, texts
+from data_pipeline.world.films import write_scene
 from data_pipeline.world.presets import PRESETS, Preset
 from data_pipeline.world.questions import Question, ask, choose, conversation
 from data_pipeline.world.recipes import SPLITS, Look, held_out, make_scene
@@ -272,7 +272,7 @@ def _work(root: str, preset: Preset, seed: int, indices: Sequence[int], sender: 
 def _write_one(root: pathlib.Path, media: Media) -> None:
     path = root / media.path
     if media.group != "image":
-        write_video(str(path), draw.render(media.scene), media.scene.fps)
+        write_scene(path, media.scene)
         return
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     Image.fromarray(draw.frame(media.scene, 0)).save(part, "JPEG", quality=92, subsampling=0)

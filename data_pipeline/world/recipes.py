@@ -117,13 +117,17 @@ class Dice:
             starts.append(starts[-1] + self.between(every_s[0], min(every_s[1], duration_s - starts[-1] - every_s[0])))
         return tuple(self.ground(s) for s in starts)
 
+    def shade(self) -> float:
+        """Brightness varies so that a shape is learnt apart from its exact colour."""
+        return float(self.rng.uniform(0.75, 1.0))
+
     def duration(self) -> float:
         return self.between(*self.look.seconds)
 
 
 def cards(dice: Dice, count: int) -> Scene:
     """Some cards of different colours, one after another, amid the haystack; cuts in long films."""
-    duration = dice.duration()
+    duration = max(dice.duration(), 4.0 * count)
     slot = int(duration / count * dice.look.fps) / dice.look.fps
     made: list[Card] = []
     for i in range(count):
@@ -132,7 +136,8 @@ def cards(dice: Dice, count: int) -> Scene:
         gap = 1.0 if count > 1 else 0.0
         lasts = max(2.0, min(dice.between(low, high), slot - gap))
         start = i * slot + dice.between(0.0, max(0.0, slot - lasts - gap))
-        made.append(Card(content, colour, start, start + lasts, size=float(dice.rng.uniform(0.64, 0.78))))
+        size = float(dice.rng.uniform(0.64, 0.78))
+        made.append(Card(content, colour, start, start + lasts, size, dice.shade()))
     grounds = dice.cuts(duration, (8.0, 24.0)) if duration > 16 else ()
     return dice.scene(duration, grounds=grounds, cards=made)
 
@@ -146,7 +151,8 @@ def mover(dice: Dice) -> Scene:
     start = dice.between(0.0, duration - lasts)
     speed, drift = 0.8 / lasts, float(dice.rng.uniform(0.4, 0.6))
     x, y = (0.5 - 0.4 * ux if ux else drift), (0.5 - 0.4 * uy if uy else drift)
-    made = Mover(shape, colour, start, start + lasts, x, y, speed * ux, speed * uy, size=float(dice.rng.uniform(0.4, 0.5)))
+    size = float(dice.rng.uniform(0.4, 0.5))
+    made = Mover(shape, colour, start, start + lasts, x, y, speed * ux, speed * uy, size, shade=dice.shade())
     return dice.scene(duration, grounds=(dice.ground(0.0, 2),), movers=(made,))
 
 
@@ -157,7 +163,8 @@ def count(dice: Dice) -> Scene:
     made = []
     for quarter in quarters:
         colour, shape = dice.pair(SHAPES)
-        made.append(Mover(shape, colour, 0.0, duration, 0.27 + 0.46 * (quarter % 2), 0.27 + 0.46 * (quarter // 2), size=0.36))
+        x, y = 0.27 + 0.46 * (quarter % 2), 0.27 + 0.46 * (quarter // 2)
+        made.append(Mover(shape, colour, 0.0, duration, x, y, size=0.36, shade=dice.shade()))
     return dice.scene(duration, grounds=(dice.ground(0.0, 0),), movers=made)
 
 
@@ -166,7 +173,8 @@ def blink(dice: Dice) -> Scene:
     duration = dice.duration()
     colour, shape = dice.pair(SHAPES)
     period = 2.0 if dice.rng.uniform() < 0.5 else 0.0
-    made = Mover(shape, colour, 0.0, duration, size=float(dice.rng.uniform(0.5, 0.65)), blink_s=period)
+    size = float(dice.rng.uniform(0.5, 0.65))
+    made = Mover(shape, colour, 0.0, duration, size=size, blink_s=period, shade=dice.shade())
     return dice.scene(duration, grounds=(dice.ground(0.0, 2),), movers=(made,))
 
 

@@ -50,6 +50,7 @@ class Mover:
     vy: float = 0.0
     size: float = 0.4
     blink_s: float = 0.0
+    shade: float = 1.0  # brightness of the colour
 
     def visible(self, time_s: float) -> bool:
         if not self.start_s <= time_s < self.end_s:
@@ -75,6 +76,7 @@ class Card:
     start_s: float
     end_s: float
     size: float = 0.72
+    shade: float = 1.0  # brightness of the colour
 
     @property
     def is_shape(self) -> bool:

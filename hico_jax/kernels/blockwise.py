@@ -54,13 +54,13 @@ def _attention(causal: bool, block: int, q: Array, k: Array, v: Array, *mask: Ar
     return forward(q, k, v, *mask, causal=causal, block=block)[0]
 
 
-def _attention_fwd(causal: bool, block: int, q: Array, k: Array, v: Array, *mask: Array):  # noqa: ANN202
+def _attention_fwd(causal: bool, block: int, q: Array, k: Array, v: Array, *mask: Array) -> tuple[Array, tuple]:
     out, lse = forward(q, k, v, *mask, causal=causal, block=block)
     out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
     return out, (q, k, v, out, lse, mask)
 
 
-def _attention_bwd(causal: bool, block: int, saved: tuple, d_out: Array):  # noqa: ANN202
+def _attention_bwd(causal: bool, block: int, saved: tuple, d_out: Array) -> tuple[Array | None, ...]:
     q, k, v, out, lse, mask = saved
     return *backward(q, k, v, out, lse, d_out, *mask, causal=causal, block=block), *(None for _ in mask)
 
@@ -100,7 +100,8 @@ def forward(
             return total * scale + weights.sum(-1), new_top, acc * scale[..., None] + more
 
         shape = (rows, *q_block.shape[2:4], q_block.shape[1])  # B K G L
-        start = (jnp.zeros(shape, jnp.float32), jnp.full(shape, _LOW, jnp.float32), jnp.zeros((*shape, width), jnp.float32))
+        zero = jnp.zeros(shape, jnp.float32)
+        start = (zero, jnp.full_like(zero, _LOW), jnp.zeros((*shape, width), jnp.float32))
         total, top, acc = _loop(row_needed, step, start)
         seen = total > 0
         total = jnp.where(seen, total, 1.0)
@@ -165,7 +166,14 @@ def backward(
 
 
 def _blocks(
-    q: Array, k: Array, v: Array, q_positions: Array, k_positions: Array, q_segments: Array, k_segments: Array, block: int
+    q: Array,
+    k: Array,
+    v: Array,
+    q_positions: Array,
+    k_positions: Array,
+    q_segments: Array,
+    k_segments: Array,
+    block: int,
 ) -> tuple[Array, Array, Array, _Where, _Where]:
     """Cut everything into blocks along its length; padding gets segment 0, which nothing sees."""
     kv_heads = k.shape[2]

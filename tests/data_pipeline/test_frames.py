@@ -25,16 +25,16 @@ def test_recorded_frame_indices(golden):
         args = case["args"]
         if "error" in case:
             with pytest.raises(ValueError, match=r"sample|frames"):
-                frames.frame_indices(args["vlen"], args.get("input_fps", 1), sampling(args))
+                frames.frame_indices(args["vlen"], float(args.get("input_fps", 1)), sampling(args))
         else:
-            got = frames.frame_indices(args["vlen"], args.get("input_fps", 1), sampling(args))
+            got = frames.frame_indices(args["vlen"], float(args.get("input_fps", 1)), sampling(args))
             assert got.tolist() == case["out"], case
 
 
 def test_recorded_readers(golden):
     for case in golden.json(FILE)["readers"]:
         args = case["args"]
-        start, end = args["clip"] or (None, None)
+        start, end = map(float, args["clip"]) if args["clip"] else (None, None)
         if case["reader"] == "decord":
             first, count, duration = 0, case["vlen"], case["vlen"] / case["fps"]
             if start is not None:
@@ -76,7 +76,7 @@ def test_recorded_time_messages(golden):
     ],
 )
 def test_published_examples(num_frames, fps, low, high, multiple, count, head, tail):
-    got = frames.frame_indices(num_frames, fps, Sampling("dynamic_fps1", low, high, multiple)).tolist()
+    got = frames.frame_indices(num_frames, float(fps), Sampling("dynamic_fps1", low, high, multiple)).tolist()
     assert len(got) == count
     assert got[: len(head)] == head
     assert got[-len(tail) :] == tail
@@ -111,8 +111,8 @@ def test_unknown_sample_is_named(sample):
 
 def test_an_empty_part_is_an_error():
     with pytest.raises(ValueError, match=r"from 11 s to 12 s holds no frame; the film lasts 10\.00 s"):
-        frames.clip_window(300, 30.0, 11, 12)
+        frames.clip_window(300, 30.0, 11.0, 12.0)
     with pytest.raises(ValueError, match="holds no frame"):
-        frames.folder_indices(10, 1.0, start_s=20, end_s=30)
+        frames.folder_indices(10, 1.0, start_s=20.0, end_s=30.0)
     with pytest.raises(ValueError, match="it must be 'short'"):
         frames.time_message(1.0, [0], 1.0, "verbose")

@@ -146,3 +146,14 @@ def test_faults_are_named():
     row = layout.row([1, 2, 3], None, [], SMALL)
     with pytest.raises(ValueError, match="a row has 3 tokens but the batch has room for 2"):
         layout.collate([row], SMALL, 2)
+
+
+def test_positions_may_jump():
+    row = layout.row(list(range(1, 41)), None, [], SMALL)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        jumped = layout.skip_positions(row, 100, rng).positions - row.positions
+        assert 0 <= jumped[0] <= jumped[-1] <= 100
+        assert len(set(jumped.tolist())) <= 2
+        assert (np.diff(jumped) >= 0).all()
+    assert (layout.skip_positions(row, 0, rng).positions == row.positions).all()

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
@@ -142,16 +141,3 @@ def torch_tensors(model: Any) -> dict[str, np.ndarray]:
             source = array[i] if rule.stacked else array
             out[rule.torch.replace("{i}", str(i))] = rule.to_torch(source, part)
     return out
-
-
-def test_the_update_is_the_one_of_optax(loaded: load.Loaded) -> None:
-    """Rates written as a table change nothing where all rates are the same."""
-    config = optim.OptimConfig(lr=1e-2, warmup_steps=0, schedule="constant")
-    params = optim.split(loaded.model, config.rates).trainable
-    grads = jax.tree.map(lambda p: jnp.sin(jnp.arange(p.size, dtype=jnp.float32)).reshape(p.shape), params)
-    ours, theirs = optim.optimizer(config, 10, params), optax.adamw(1e-2, weight_decay=0.0)
-    one, _ = ours.update(grads, ours.init(params), params)
-    with jax.numpy_dtype_promotion("standard"):
-        two, _ = theirs.update(grads, theirs.init(params), params)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6)

@@ -37,16 +37,23 @@ def queries(
 ) -> Bool[Array, "B L"]:
     """Which tokens ask: in training those right before an answer, in generation the last of each segment.
 
-    A training query is a token that is no target itself while the next one is. The reference looks the
-    neighbour up with a Python index, so the last token asks too when the first of its segment is a target.
+    A training query is a token that is no target itself while the next one is. The reference looks the neighbour
+    of its first token up with index -1, so the last token asks too when the first is a target and it is not; and
+    in a row shorter than the longest, index -1 is a padding place. That place asks here as well (the last one of
+    the array stands for it), for parity; rows whose last token is a target never meet it.
     """
-    last = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    real = segments != 0
+    last = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (0, 1)), constant_values=True) & real
     if num_queries == 0:
-        return last & (segments != 0)
+        return last
     assert labelled is not None
     first = jnp.take_along_axis(labelled, starts(segments), axis=1)
     following = jnp.where(last, first, jnp.pad(labelled[:, 1:], ((0, 0), (0, 1))))
-    return following & ~labelled & (segments != 0)
+    asks = following & ~labelled & real
+    count = real.sum(1)
+    wraps = (asks & last).any(1) & (count < count.max()) & (segments.max(1) == 1)
+    end = jnp.arange(segments.shape[1]) == segments.shape[1] - 1
+    return jnp.where(wraps[:, None], (asks & ~last) | end, asks)
 
 
 def scores(
@@ -66,7 +73,10 @@ def scores(
     kv_heads = k.shape[2]
     index, valid = compact(asks, num_queries)
     grouped = take(q, index, valid).reshape(rows, num_queries, kv_heads, heads // kv_heads, width)
-    where = (take(positions, index, valid), take(segments, index, valid))  # segment 0 where nobody asks
+    position, segment = take(positions, index, valid), take(segments, index, valid)
+    padding = valid & (segment == 0)  # see `queries`: it comes after the row's only segment
+    position = jnp.where(padding, jnp.iinfo(jnp.int32).max, position)
+    segment = jnp.where(padding, 1, segment)  # still 0 where nobody asks
 
     def step(total: tuple[Array, Array], query: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
         row, position, segment = query
@@ -78,7 +88,7 @@ def scores(
         return (total[0] + mean, total[1] + mine.astype(jnp.float32)), None
 
     zero = jnp.zeros((rows, length), jnp.float32)
-    by_query = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (grouped, *where))
+    by_query = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (grouped, position, segment))
     (total, count), _ = jax.lax.scan(step, (zero, zero), by_query)
     return (total / jnp.maximum(count, 1.0)).astype(q.dtype)
 

@@ -209,11 +209,14 @@ def _add_gather(
     x: Float[Array, "B P E"], sizes: Float[Array, "B P"], found: Match, num_merged: int
 ) -> tuple[Float[Array, "B Q E"], Float[Array, "B Q"]]:
     def row(x: jax.Array, sizes: jax.Array, destination: jax.Array, rank: jax.Array) -> tuple[jax.Array, jax.Array]:
+        even, odd, even_sizes, odd_sizes = x[::2], x[1::2], sizes[::2], sizes[1::2]
+        if num_merged == len(even):  # all of them: no order is needed
+            return odd.at[destination].add(even), odd_sizes.at[destination].add(even_sizes)
         order = jnp.argsort(rank)
         gone, left = order[:num_merged], order[num_merged:]
-        total = x[1::2].at[destination[gone]].add(x[::2][gone])
-        count = sizes[1::2].at[destination[gone]].add(sizes[::2][gone])
-        return jnp.concatenate([x[::2][left], total]), jnp.concatenate([sizes[::2][left], count])
+        total = odd.at[destination[gone]].add(even[gone])
+        count = odd_sizes.at[destination[gone]].add(even_sizes[gone])
+        return jnp.concatenate([even[left], total]), jnp.concatenate([even_sizes[left], count])
 
     return jax.vmap(row)(x.astype(jnp.float32), sizes, *found)
 

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from hico_jax.shapes import Array, Float, Int
 
 
-@flax.struct.dataclass
-class Group:
+class Group(flax.struct.PyTreeNode):
     """Keys and values of consecutive layers, head by head so that one head's keys lie together."""
 
     k: Any  # Float[layers B K S d], S = prefix + room
@@ -41,8 +40,7 @@ class Group:
         return cls(k=k, v=v, segments=jnp.pad(segments, ((0, 0), (0, room))), position=position)
 
 
-@flax.struct.dataclass
-class Cache:
+class Cache(flax.struct.PyTreeNode):
     """All groups, and the step that comes next."""
 
     groups: tuple[Group, ...]

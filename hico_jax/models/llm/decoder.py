@@ -9,6 +9,7 @@ Next: hico_jax/models/compress/progressive.py
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,8 +35,7 @@ class Place(NamedTuple):
     segments: Int[Array, "B L"]
 
 
-@flax.struct.dataclass
-class Stream:
+class Stream(flax.struct.PyTreeNode):
     """The tokens on their way through the layers, and what travels with each of them.
 
     A token is visual iff its slot is not negative; it is padding iff its segment is 0. `targets` and `weights`
@@ -97,7 +97,7 @@ def run(
     num_layers = jax.tree.leaves(blocks)[0].shape[0]
     bounds = (0, *(schedule.layers if schedule.num_stages else ()), num_layers)
     groups, stages = [], []
-    for stage, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for stage, (start, stop) in enumerate(itertools.pairwise(bounds)):
         if stage > 0:
             assert plan is not None
             stream, scores = _drop(blocks, stream, plan, schedule, stage - 1, angles)
@@ -106,7 +106,8 @@ def run(
         x, group = _run_layers(blocks, start, stop, stream.x, place, remat=remat, cache_room=cache_room)
         stream = stream.replace(x=x)
         if cache_room:
-            groups.append(kv_cache.Group.begin(*group, place.segments, place.positions, cache_room))
+            k, v = group
+            groups.append(kv_cache.Group.begin(k, v, place.segments, place.positions, cache_room))
     cache = kv_cache.Cache.begin(groups, stream.segments, cache_room) if cache_room else None
     return final_weights(stream), cache, tuple(stages)
 
@@ -141,7 +142,12 @@ def _drop(
     else:
         layer = schedule.layers[stage]
         block = jax.tree.map(lambda p: p[layer], blocks)
-        q, k = block.attention_query_key(jax.lax.stop_gradient(stream.x), _place(stream, angles))
+        real = stream.segments != 0
+        # A padding place may ask (see `progressive.queries`); it is empty, and counted on only before the first stage.
+        beyond = real.sum(1, dtype=jnp.int32).max() - 1 if stage == 0 else 0
+        place = _place(stream.replace(positions=jnp.where(real, stream.positions, beyond)), angles)
+        x = jnp.where(real[..., None], jax.lax.stop_gradient(stream.x), jnp.zeros((), stream.x.dtype))
+        q, k = block.attention_query_key(x, place)
         asks = progressive.queries(stream.segments, stream.labelled, plan.num_queries)
         num_queries = plan.num_queries or plan.keep.shape[1]
         scores = progressive.scores(q, k, stream.positions, stream.segments, asks, num_queries)
@@ -156,11 +162,11 @@ def decode(
     blocks: Any, x: Float[Array, "B 1 D"], cache: kv_cache.Cache, *, angles: Callable[[Array], tuple[Array, Array]]
 ) -> tuple[Float[Array, "B 1 D"], kv_cache.Cache]:
     """One token of every row through all layers, each against the tokens its own group has kept."""
-    first, groups = 0, []
+    first, groups, zero = 0, [], jnp.zeros((), jnp.int32)
     for group in cache.groups:
         count = group.k.shape[0]
         offset = group.segments.shape[1] - cache.room + cache.step
-        segments = jax.lax.dynamic_update_slice(group.segments, cache.segment[:, None], (jnp.zeros((), jnp.int32), offset))
+        segments = jax.lax.dynamic_update_slice(group.segments, cache.segment[:, None], (zero, offset))
         place = Place(*angles(group.position[:, None]), group.position[:, None], cache.segment[:, None])
         visible = segments == cache.segment[:, None]
 

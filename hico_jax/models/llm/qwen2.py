@@ -24,6 +24,7 @@ from hico_jax.parallel.sharding import shard
 from hico_jax.shapes import Array, Bool, Float, Int
 
 INIT_STDDEV = 0.02
+NO_DROP = DropSchedule()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Qwen2Config:
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads is {self.num_heads}; it must be a multiple of num_kv_heads, {self.num_kv_heads}")
+            raise ValueError(f"num_heads is {self.num_heads}; it must be a multiple of {self.num_kv_heads}, num_kv_heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
 
@@ -127,7 +128,9 @@ class Attention(nnx.Module):
         self.bk = layers.param(jnp.zeros((kv_heads, width)), ("kv_heads", "head_dim"))
         self.bv = layers.param(jnp.zeros((kv_heads, width)), ("kv_heads", "head_dim"))
 
-    def query_key(self, x: Float[Array, "B L D"], place: Place) -> tuple[Float[Array, "B L H d"], Float[Array, "B L K d"]]:
+    def query_key(
+        self, x: Float[Array, "B L D"], place: Place
+    ) -> tuple[Float[Array, "B L H d"], Float[Array, "B L K d"]]:
         """Rotated queries and keys."""
         q = layers.rotate(_project(x, self.wq, self.bq), place.cos, place.sin)
         k = layers.rotate(_project(x, self.wk, self.bk), place.cos, place.sin)
@@ -210,7 +213,7 @@ class Qwen2(nnx.Module):
         )
 
     def __call__(
-        self, stream: Stream, plan: DropPlan | None, *, schedule: DropSchedule = DropSchedule(), cache_room: int = 0
+        self, stream: Stream, plan: DropPlan | None, *, schedule: DropSchedule = NO_DROP, cache_room: int = 0
     ) -> tuple[Stream, kv_cache.Cache | None]:
         """All layers and the last norm; with `cache_room`, also a cache with that many free places."""
         stream, cache, _ = decoder.run(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from data_pipeline.drop import plan_drop
 from hico_jax.batch import DropSchedule
 from hico_jax.models.compress import progressive
 from hico_jax.models.llm import decoder, qwen2
@@ -265,7 +266,8 @@ def mixed_rows(seed: int) -> tuple[qwen2.Qwen2, Stream]:
                     arrays["slots"][b, at + i] = arrays["slots"][b].max() + 1
             at += len(text)
     x = jax.random.normal(jax.random.key(seed), (len(rows), length, model.config.embed_dim))
-    stream = Stream(x=jnp.where((arrays["segments"] > 0)[..., None], x, 0.0), **{n: jnp.asarray(a) for n, a in arrays.items()})
+    x = jnp.where((arrays["segments"] > 0)[..., None], x, 0.0)
+    stream = Stream(x=x, **{n: jnp.asarray(a) for n, a in arrays.items()})
     return model, stream.replace(labelled=stream.labelled.astype(bool))
 
 
@@ -294,3 +296,18 @@ def test_every_segment_of_a_mixed_batch_equals_itself_alone(training: bool, make
             np.testing.assert_array_equal(together.positions[b][whole], alone.positions[0][kept])
             # the same sums in another order: float32 rounding
             np.testing.assert_allclose(together.x[b][whole], alone.x[0][kept], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "attention", "uniform1_attention"])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_host_plans_as_by_hand(kind: str, training: bool, make_plan: Any) -> None:
+    """The loops of conftest and `data_pipeline` agree on who stays, so these tests speak of what really runs."""
+    _, stream = mixed_rows(0)
+    schedule = DropSchedule(kind, (1, 2), (1.0, 0.6, 0.3))
+    expected = make_plan(stream, schedule, training=training)
+    got = plan_drop(stream, schedule, labelled=np.asarray(stream.labelled), training=training)
+    real = np.asarray(stream.slots) >= 0
+    np.testing.assert_array_equal(np.asarray(got.survives)[real], np.asarray(expected.survives)[real])
+    np.testing.assert_array_equal(got.keep, expected.keep)
+    assert got.lengths == expected.lengths
+    assert got.num_queries == expected.num_queries

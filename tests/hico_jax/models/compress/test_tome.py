@@ -198,7 +198,7 @@ def test_bfloat16_patches_are_merged_in_float32(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_faithful_dtype_rounds_every_step(form):
     # Eighths of one head of four: products and sums are exact, so the only rounding is the one asked for.
-    x = (np.random.default_rng(3).integers(-16, 17, size=(24, 4)) / 8).astype(ml_dtypes.bfloat16)
+    x = (np.random.default_rng(3).integers(-16, 17, size=(48, 4)) / 8).astype(ml_dtypes.bfloat16)
     expected, sizes, _ = oracle(x, 5, 1, ml_dtypes.bfloat16)
     out, trace = trace_merge(jnp.asarray(x)[None], 5, 1, faithful_dtype=True, form=form)
     np.testing.assert_array_equal(trace.sizes[0], sizes)
@@ -231,7 +231,7 @@ def test_accelerators_get_products_only():
     def count(platform):
         traced = grad.trace(jax.ShapeDtypeStruct((2, 98, 16), jnp.bfloat16))
         text = traced.lower(lowering_platforms=(platform,)).as_text()
-        return {op: len(re.findall(rf"stablehlo\.{op}\b|\"stablehlo\.{op}\"", text)) for op in ("gather", "scatter", "sort")}
+        return {op: len(re.findall(rf"stablehlo\.{op}\b", text)) for op in ("gather", "scatter", "sort")}
 
     assert count("tpu") == count("cuda") == {"gather": 0, "scatter": 0, "sort": 0}
     assert all(count("cpu").values())

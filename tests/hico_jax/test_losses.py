@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+
+from hico_jax import losses
+from hico_jax.parallel import sharding
+from hico_jax.parallel.mesh import MeshConfig, make_mesh
+
+
+def example(rows: int = 2, length: int = 13, dim: int = 8, vocab: int = 11) -> tuple[jax.Array, ...]:
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden = jax.random.normal(keys[0], (rows, length, dim))
+    unembed = jax.random.normal(keys[1], (dim, vocab))
+    targets = jax.random.randint(keys[2], (rows, length), 0, vocab)
+    weights = jax.random.bernoulli(keys[3], 0.6, (rows, length)).astype(jnp.float32)
+    return hidden, unembed, targets, weights
+
+
+def dense(hidden: jax.Array, unembed: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+    nll = optax.softmax_cross_entropy_with_integer_labels(hidden @ unembed, targets)
+    return (nll * weights).sum()
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 13, 100])
+def test_chunks_equal_the_whole_in_value_and_gradient(chunk: int) -> None:
+    hidden, unembed, targets, weights = example()
+
+    def ours(hidden: jax.Array, unembed: jax.Array) -> jax.Array:
+        return losses.next_token(hidden, unembed, targets, weights, chunk=chunk).total
+
+    value, grads = jax.value_and_grad(ours, argnums=(0, 1))(hidden, unembed)
+    want, want_grads = jax.value_and_grad(dense, argnums=(0, 1))(hidden, unembed, targets, weights)
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    for a, b in zip(grads, want_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)  # sums of about 13 float32 terms of size 1
+
+
+def test_counts_only_what_is_supervised() -> None:
+    hidden, unembed, _, weights = example()
+    best = jnp.argmax(hidden @ unembed, axis=-1)
+    loss = losses.next_token(hidden, unembed, best, weights, chunk=4)
+    assert loss.supervised == loss.correct == loss.weight == weights.sum()
+    worse = losses.next_token(hidden, unembed, (best + 1) % 11, weights, chunk=4)
+    assert worse.correct == 0
+    assert losses.next_token(hidden, unembed, best, jnp.zeros_like(weights)).total == 0
+
+
+def test_whole_logits_never_exist() -> None:
+    hidden, unembed, targets, weights = example(rows=2, length=64, dim=4, vocab=32)
+
+    def loss(hidden: jax.Array, unembed: jax.Array) -> jax.Array:
+        return losses.next_token(hidden, unembed, targets, weights, chunk=8).total
+
+    text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, unembed))
+    assert "f32[2,8,32]" in text  # a slice does
+    assert "[2,64,32]" not in text
+    assert "[8,2,8,32]" not in text  # nor are the slices kept for the backward pass
+
+
+def test_bfloat16_hidden_states_are_reduced_in_float32() -> None:
+    hidden, unembed, targets, weights = example(length=64)
+    low = losses.next_token(hidden.astype(jnp.bfloat16), unembed, targets, weights, chunk=16)
+    high = losses.next_token(
+        hidden.astype(jnp.bfloat16).astype(jnp.float32),
+        unembed.astype(jnp.bfloat16).astype(jnp.float32), targets, weights, chunk=16,
+    )  # fmt: skip
+    assert low.total.dtype == jnp.float32
+    np.testing.assert_allclose(low.total, high.total, rtol=1e-5)  # bfloat16 sums would be off by 1e-2
+
+
+def test_a_row_split_over_devices_gives_the_same_loss() -> None:
+    hidden, unembed, targets, weights = example(rows=2, length=16, dim=8, vocab=16)
+    mesh = make_mesh(MeshConfig(1, 2, 2, 2))
+    sizes = dict(mesh.shape)
+
+    def put(x: jax.Array, *axes: str | None) -> jax.Array:
+        return jax.device_put(x, NamedSharding(mesh, sharding.spec(x.shape, axes, sizes)))
+
+    with jax.set_mesh(mesh):
+        split = jax.jit(losses.next_token, static_argnames="chunk")(
+            put(hidden, "batch", "length", None), put(unembed, "embed", "vocab"), put(targets, "batch", "length"),
+            put(weights, "batch", "length"), chunk=4,
+        )  # fmt: skip
+    whole = losses.next_token(hidden, unembed, targets, weights, chunk=4)
+    np.testing.assert_allclose(split.total, whole.total, rtol=1e-6)
+    assert split.correct == whole.correct
+
+
+WEIGHTS = jnp.array([[0.0, 1, 1, 1, 0, 1], [0, 0, 0, 0, 1, 1]])
+SEGMENTS = jnp.array([[1, 1, 1, 1, 2, 2], [1, 1, 1, 2, 2, 0]])
+
+
+def test_by_tokens_every_token_counts_the_same() -> None:
+    np.testing.assert_array_equal(losses.balance(WEIGHTS, SEGMENTS, "tokens"), WEIGHTS)
+
+
+def test_by_micro_batch_its_weights_sum_to_one() -> None:
+    np.testing.assert_allclose(losses.balance(WEIGHTS, SEGMENTS, "micro_batch"), WEIGHTS / 6, rtol=1e-6)
+    assert losses.balance(jnp.zeros_like(WEIGHTS), SEGMENTS, "micro_batch").sum() == 0
+
+
+def test_by_example_every_segment_that_is_supervised_counts_the_same() -> None:
+    found = losses.balance(WEIGHTS, SEGMENTS, "example")
+    want = [[0, 1 / 3, 1 / 3, 1 / 3, 0, 1], [0, 0, 0, 0, 1, 1]]
+    np.testing.assert_allclose(found, want, rtol=1e-6)

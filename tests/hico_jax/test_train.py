@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data_pipeline.options import DataConfig
+from hico_jax import config, metrics, optim, registry, train
+from hico_jax.batch import Batch
+from hico_jax.config import CheckpointConfig, Experiment, TrainConfig
+from hico_jax.parallel.mesh import MeshConfig
+
+MODEL = registry.model_config("tiny")
+ONE = jax.devices()[:1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def fake(seed: int, rows: int = 4, **changes: Any) -> Batch:
+    return Batch.fake(MODEL.geometry(), rows=rows, seed=seed, vocab=MODEL.llm.vocab_size, **changes)
+
+
+def experiment(workdir: pathlib.Path, steps: int = 4, every: int = 2, **optim_changes: Any) -> Experiment:
+    return Experiment(
+        "test", "tiny", MODEL, DataConfig(batch_size=4), optim.OptimConfig(lr=1e-2, **optim_changes),
+        train=TrainConfig(steps=steps, log_every=1), checkpoint=CheckpointConfig(every=every, keep=3),
+        workdir=str(workdir),
+    )  # fmt: skip
+
+
+def losses_of(workdir: pathlib.Path) -> list[tuple[int, float, float]]:
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in metrics.read(str(workdir))]
+
+
+def leaves(state: Any) -> list[np.ndarray]:
+    return [np.asarray(a) for a in jax.tree.leaves(state)]
+
+
+class Info(NamedTuple):
+    ids: tuple[str, ...]
+    waste: float = 0.25
+    bad_total: dict[str, int] = {}  # noqa: RUF012
+
+
+class Item(NamedTuple):
+    batch: Batch
+    info: Info
+
+
+class Counter:
+    """A source with a position, as the loader has; may do something before it yields a batch."""
+
+    def __init__(self, before: Any = None) -> None:
+        self.position, self.before = 0, before
+
+    def __iter__(self) -> Iterator[Item]:
+        return self
+
+    def __next__(self) -> Item:
+        self.position += 1
+        if self.before:
+            self.before(self.position)
+        return Item(fake(self.position), Info((f"clip-{self.position}",)))
+
+    def get_state(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, Any]:
+    """Six steps without a stop."""
+    workdir = tmp_path_factory.mktemp("straight")
+    return workdir, train.fit(experiment(workdir, steps=6), Counter(), devices=ONE)
+
+
+def test_a_run_leaves_its_files_and_learns(straight: tuple[pathlib.Path, Any]) -> None:
+    workdir, state = straight
+    assert int(state.step) == 6
+    lines = metrics.read(str(workdir))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[0]["lr"] == 0.0
+    assert lines[1]["lr"] == pytest.approx(1e-2)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert lines[0]["tokens"] == 4 * 20
+    assert lines[0]["padding_percent"] == 25
+    assert lines[0]["compile_s"] > 0
+    assert lines[1]["compile_s"] == 0
+    assert config.from_json((workdir / "config.json").read_text()).num_steps == 6
+    assert json.loads((workdir / "env.json").read_text())["device_kind"] == "cpu"
+    assert (workdir / "first_batch.png").stat().st_size > 1000
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["2", "4", "6"]
+
+
+def test_stopped_by_sigterm_and_resumed_equals_straight(
+    straight: tuple[pathlib.Path, Any], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(position: int) -> None:
+        if position == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    half = train.fit(experiment(tmp_path, steps=6), Counter(before=stop), devices=ONE)
+    assert int(half.step) == 3
+    assert signal.getsignal(signal.SIGTERM) is handler
+    whole = train.fit(experiment(tmp_path, steps=6), Counter(), devices=ONE)
+    said = capsys.readouterr().out
+    assert "stopped by SIGTERM after step 3, saved" in said
+    assert "weights: resumed at step 3" in said
+    for a, b in zip(leaves(whole), leaves(straight[1]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert losses_of(tmp_path) == losses_of(straight[0])
+
+
+KILLED = """
+import os, pathlib, signal, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_default_matmul_precision", "highest")
+sys.path.insert(0, {tests!r})
+from hico_jax import train
+import test_train
+def kill(position):
+    if position == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+train.fit(test_train.experiment(pathlib.Path(sys.argv[1]), steps=6), test_train.Counter(before=kill), devices=jax.devices()[:1])
+"""
+
+
+def test_killed_and_resumed_equals_straight(straight: tuple[pathlib.Path, Any], tmp_path: pathlib.Path) -> None:
+    script = KILLED.format(tests=str(pathlib.Path(__file__).parent))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def run(kill_at: int) -> int:
+        return subprocess.run([sys.executable, "-c", script, str(tmp_path), str(kill_at)], env=environment,
+                              capture_output=True, timeout=250).returncode  # fmt: skip
+
+    assert run(kill_at=4) == -signal.SIGKILL  # right after step 3; step 2 may or may not have been committed
+    assert run(kill_at=0) == 0
+    assert losses_of(tmp_path) == losses_of(straight[0])
+
+
+def test_a_finished_run_has_nothing_to_do(
+    straight: tuple[pathlib.Path, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = losses_of(straight[0])
+    other = experiment(straight[0], steps=6, every=3)
+    train.fit(other, Counter(before=lambda _: pytest.fail("no batch is needed")), devices=ONE)
+    said = capsys.readouterr().out
+    assert "all 6 steps are done" in said
+    assert "WARNING: changed since the checkpoint: checkpoint.every: 2 -> 3" in said
+    assert losses_of(straight[0]) == before
+
+
+def test_a_list_of_batches_of_two_shapes_and_an_evaluation(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batches = [fake(0), fake(1, clips=1), fake(2), fake(3, clips=1)]
+    seen: list[int] = []
+
+    def evaluate(model: Any, step: int) -> dict[str, float]:
+        seen.append(step)
+        return {"vocab": model.llm.unembed_weight().shape[1]}
+
+    exp = experiment(tmp_path)
+    exp = dataclasses.replace(exp, train=dataclasses.replace(exp.train, eval_every=3))
+    train.fit(exp, batches, evaluate=evaluate, devices=ONE)
+    said = capsys.readouterr().out
+    assert said.count("compiling for") == 2
+    assert "compiling for 4 rows of 20 tokens, 2 clips and 0 images ..." in said
+    assert seen == [3, 4]
+    lines = metrics.read(str(tmp_path))
+    assert [line["step"] for line in lines] == [1, 2, 3, 3, 4, 4]
+    assert lines[3] == {"step": 3, "eval/vocab": 64.0}
+
+    longer = dataclasses.replace(exp, train=dataclasses.replace(exp.train, steps=6))
+    with pytest.raises(ValueError, match=r"the data ends before step 5"):
+        train.fit(longer, batches, devices=ONE)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: pathlib.Path) -> None:
+    def poisoned(seed: int) -> Item:
+        batch = fake(seed)
+        if seed == 2:
+            batch = dataclasses.replace(batch, weights=batch.weights * np.float32(np.inf))
+        return Item(batch, Info((f"clip-{seed}",)))
+
+    with pytest.raises(train.NonFiniteLossError, match=r"the loss of step 2 is nan .*Examples: clip-2\."):
+        train.fit(experiment(tmp_path, steps=4, every=2), [poisoned(i) for i in (1, 2, 3, 4)], devices=ONE)
+    assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+def one_step(settings: Experiment, devices: Any, batch: Batch) -> tuple[Any, dict[str, float]]:
+    mesh = train.make_mesh(settings.mesh, devices)
+    with jax.set_mesh(mesh):
+        begun = train.init_state(settings, mesh)
+        stepper = train.Stepper(settings, begun, mesh, lambda _: None)
+        state, numbers = stepper(begun.state, stepper.put(batch))
+    return state, {k: float(v) for k, v in numbers.items()}
+
+
+ADAM_OFF = {"eps": 1e6, "warmup_steps": 0, "schedule": "constant", "clip_norm": 0.0}  # moves by the gradient itself
+
+
+@pytest.fixture(scope="module")
+def plain_step() -> tuple[Any, dict[str, float]]:
+    return one_step(experiment(pathlib.Path(), **ADAM_OFF), ONE, fake(0, rows=8))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "accumulate"), [(MeshConfig(2, 2, 1, 2), 1), (MeshConfig(1, 2, 2, 2), 2), (MeshConfig(1, 1, 1, 1), 4)]
+)
+def test_meshes_and_micro_batches_give_the_same_step(
+    plain_step: tuple[Any, dict[str, float]], mesh: MeshConfig, accumulate: int
+) -> None:
+    settings = dataclasses.replace(experiment(pathlib.Path(), **ADAM_OFF, accumulate=accumulate), mesh=mesh)
+    devices = jax.devices() if mesh.sizes != (1, 1, 1, 1) else ONE
+    state, numbers = one_step(settings, devices, fake(0, rows=8))
+    for name, value in plain_step[1].items():
+        assert numbers[name] == pytest.approx(value, rel=1e-5), name
+    for a, b in zip(leaves(state.optimizer), leaves(plain_step[0].optimizer), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)  # gradients of size 0.1, sums in another order
+
+
+def test_micro_batch_means_count_the_same() -> None:
+    """Two micro-batches of unequal supervision: their means are averaged, not their tokens."""
+    batch = fake(0)
+    weights = batch.weights.copy()
+    weights[1::2, :-3] = 0  # rows 1 and 3 are the second micro-batch
+    batch = dataclasses.replace(batch, weights=weights)
+    settings = experiment(pathlib.Path(), **ADAM_OFF, accumulate=2, loss_average="micro_batch")
+    _, numbers = one_step(settings, ONE, batch)
+    parts = [jax.tree.map(lambda a, i=i: a[i::2], batch) for i in range(2)]
+    single = experiment(pathlib.Path(), **ADAM_OFF)
+    means = [one_step(single, ONE, part)[1]["loss"] for part in parts]
+    assert numbers["loss"] == pytest.approx(np.mean(means), rel=1e-5)
+
+
+def test_frozen_weights_do_not_move() -> None:
+    settings = experiment(pathlib.Path(), rates=((r"projector/.*", "lr"), (r".*", None)), warmup_steps=0)
+    begun = train.init_state(settings, train.make_mesh(MeshConfig(), ONE))
+    before = leaves(begun.state.frozen)
+    state, _ = one_step(settings, ONE, fake(0))
+    for a, b in zip(leaves(state.frozen), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert all((a != b).any() for a, b in zip(leaves(state.trainable), leaves(begun.state.trainable), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--config=missing.py"], "hico train: there is no configuration file missing.py"),
+        ([f"--config={ROOT}/configs/debug_tiny.py"], "hico train: no workdir is given; add --config.workdir=FOLDER"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_code_2(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(argv) == 2
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_costs_count_what_trains() -> None:
+    frozen = experiment(pathlib.Path(), rates=((r"projector/.*", "lr"), (r".*", None)))
+    whole, some = (
+        train.step_cost(exp, train.init_state(exp, train.make_mesh(MeshConfig(), ONE)).state)
+        for exp in (experiment(pathlib.Path()), frozen)
+    )
+    tokens, frames = {"tokens": 1, "frames": 0}, {"tokens": 0, "frames": 1}
+    assert some(tokens) / whole(tokens) == pytest.approx(4 / 6)  # gradients pass through, none are kept
+    assert some(frames) / whole(frames) == pytest.approx(2 / 6)
+    assert jnp.isfinite(whole(tokens))
