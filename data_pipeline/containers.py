@@ -37,8 +37,8 @@ _PREFIXES = (
 # What PyAV and Pillow have been seen to raise on damaged files, beside their own errors.
 LEAKS = (
     av.error.FFmpegError, EOFError, IndexError, AttributeError, MemoryError, UnicodeError, OverflowError, OSError,
-    TypeError, ValueError, ZeroDivisionError, RuntimeError, KeyError, AssertionError, SyntaxError, struct.error, zlib.error,
-    Image.DecompressionBombError, Image.DecompressionBombWarning,
+    TypeError, ValueError, ZeroDivisionError, RuntimeError, KeyError, AssertionError, SyntaxError, struct.error,
+    zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
 
 

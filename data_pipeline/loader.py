@@ -29,7 +29,7 @@ from data_pipeline.sample import Lay, lay_out, read_pixels
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from hico_jax.batch import Batch, Geometry
 
-LENGTH_STEP = 128  # least step of automatic row lengths: what accelerators tile by
+ENDLESS = 1 << 40  # steps of a run without end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,21 +192,20 @@ class Plan:
         row = layout.row([self.tokenizer.pad_id, self.tokenizer.pad_id], None, [], self.geometry)
         return Lay(row)
 
-    def collate(self, made: Sequence[Made]) -> tuple[Batch, Sequence[Made]]:
+    def collate(self, made: Sequence[Made]) -> Batch:
         """This host's part of a global batch, in the shape that all hosts choose."""
         c, g = self.config, self.geometry
         sizes = functools.reduce(layout.Sizes.union, (m.sizes for m in made))
         limit = c.max_length or g.max_length
-        batch = layout.collate(
+        return layout.collate(
             [m.row for m in made],
             g,
-            buckets.bucket(sizes.length, c.length_buckets, LENGTH_STEP, limit),
+            buckets.bucket(sizes.length, c.length_buckets, c.length_step, limit),
             buckets.bucket(sizes.clips, c.clip_buckets, 1),
             buckets.bucket(sizes.tiles, c.tile_buckets, 1),
-            drop_multiple=LENGTH_STEP,
+            drop_multiple=c.length_step,
             sizes=dataclasses.replace(sizes, queries=buckets.ladder(sizes.queries, 8)),
         )
-        return batch, made
 
 
 class Loader:
@@ -215,11 +214,8 @@ class Loader:
     def __init__(self, plan: Plan, start: Mapping[str, Any] | None = None) -> None:
         self.plan = plan
         self.steps_per_epoch = plan.steps_per_epoch
-        config = plan.config
-        epochs = config.num_epochs or (1 << 31) // max(1, plan.steps_per_epoch * plan.rows_per_step)
-        self.num_steps: int | None = plan.steps_per_epoch * config.num_epochs or None
-        rows = grain.MapDataset.range(epochs * plan.steps_per_epoch * plan.rows_per_step).map(plan.make)
-        self._iterator = iter(_reading(rows, plan.rows_per_step, config))
+        self.num_steps: int | None = plan.steps_per_epoch * plan.config.num_epochs or None
+        self._iterator: Any = None
         self._step, self._seen = 0, 0
         self._bad: collections.Counter[str] = collections.Counter()
         if start is not None:
@@ -229,7 +225,10 @@ class Loader:
         return self
 
     def __next__(self) -> Loaded:
-        batch, made = self.plan.collate(next(self._iterator))
+        if self._iterator is None:
+            self._iterator = iter(_reading(self.plan, self._step, self.num_steps or ENDLESS))
+        made = next(self._iterator)
+        batch = self.plan.collate(made)
         samples = [self.plan.samples[m.sample] for m in made]
         faults = [(s, m.fault) for s, m in zip(samples, made, strict=True) if m.fault]
         self._bad.update(s.source for s, _ in faults)
@@ -259,13 +258,15 @@ class Loader:
             )
 
     def get_state(self) -> dict[str, Any]:
-        """The position, as JSON can hold it. Set it on a loader of the same data to get the next batch again."""
+        """The position, as JSON can hold it. Set it on a loader of the same data to get the next batch again.
+
+        It is the step and two counts, so it also serves another number of hosts, threads or processes.
+        """
         return {
             "data": self.plan.fingerprint(),
             "step": self._step,
             "seen": self._seen,
             "bad": dict(self._bad),
-            "reader": self._iterator.get_state(),
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -279,25 +280,29 @@ class Loader:
                 "the saved data position belongs to other annotations, seed, batch size or grouping; "
                 "restore those, or start a new workdir"
             )
-        self._iterator.set_state(state["reader"])
+        self.close()
         self._step, self._seen = state["step"], state["seen"]
         self._bad = collections.Counter(state["bad"])
 
     def close(self) -> None:
-        """Stop reading ahead."""
-        self._iterator.close()
+        """Stop reading ahead; the next batch starts it again."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
 
 
-def _reading(rows: grain.MapDataset, count: int, config: DataConfig) -> grain.IterDataset:
-    """Lists of `count` rows in order, read ahead: threads share out the rows, processes share out whole lists."""
+def _reading(plan: Plan, first: int, steps: int) -> grain.IterDataset:
+    """The rows of each step from `first` on, read ahead: threads share out rows, processes share out steps."""
+    config, count = plan.config, plan.rows_per_step
+    rows = grain.MapDataset.range(first * count, max(first, steps) * count).map(plan.make)
     options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=config.prefetch_rows)
     if not config.worker_count:
         return rows.to_iter_dataset(options).batch(count, batch_fn=list)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain asks for a flag, also in a program that has none
     ahead = grain.ReadOptions(config.read_threads, max(1, config.prefetch_rows // count))
-    steps = rows.batch(count, batch_fn=list).to_iter_dataset(ahead)
-    return steps.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.worker_count))
+    batches = rows.batch(count, batch_fn=list).to_iter_dataset(ahead)
+    return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.worker_count))
 
 
 class _Cache:

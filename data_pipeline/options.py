@@ -41,6 +41,7 @@ class DataConfig:
     max_length: int = 0  # tokens of a row with its visual tokens; 0: the model's own limit
     position_skip: int = 0  # rotary positions jump by up to this inside a row (`use_pos_skipping`); 0: they never do
     truncate: str = "error"  # a longer row is a bad sample, or with "reference" loses its end
+    length_step: int = 128  # least step of automatic row lengths: 128 is what accelerators tile by, 16 suits a CPU
     length_buckets: tuple[int, ...] = ()  # allowed row lengths, rising; (): an automatic ladder
     clip_buckets: tuple[int, ...] = ()  # allowed numbers of clips in a row; (): an automatic ladder
     tile_buckets: tuple[int, ...] = ()  # allowed numbers of image tiles in a row; (): an automatic ladder
@@ -64,7 +65,7 @@ class DataConfig:
         for name, least in (
             ("batch_size", 1), ("min_frames", 0), ("max_frames", 0), ("frame_multiple", 1), ("max_length", 0),
             ("position_skip", 0), ("num_epochs", 0), ("worker_count", 0), ("read_threads", 1), ("prefetch_rows", 1),
-            ("cache_mb", 0), ("seed", 0),
+            ("cache_mb", 0), ("seed", 0), ("length_step", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least {least}")

@@ -59,7 +59,7 @@ class TrainConfig:
     loss_chunk: int = 512  # tokens of a row whose logits exist at one time
     log_every: int = 10  # steps between printed lines; metrics.jsonl has every step
     eval_every: int = 0  # steps between evaluations and sample predictions; 0 only at the end
-    num_samples: int = 4  # fixed examples whose predictions are shown
+    num_samples: int = 4  # fixed training examples whose predictions are shown; 0 none
     distributed: bool = False  # one process per host, joined by jax.distributed; launch/ sets it
 
     def __post_init__(self) -> None:

@@ -81,7 +81,7 @@ def continue_stream(
 ) -> Generated:
     """Continue every row of a stream of embeddings with a language model alone."""
     logits, cache = _prefill(llm, stream, plan, schedule=schedule, room=config.max_new_tokens)
-    seeds = config.seed + np.arange(logits.shape[0], dtype=np.uint32)
+    seeds = ((config.seed + np.arange(logits.shape[0])) % 2**31).astype(np.int32)
     static = dataclasses.replace(config, seed=0)  # a new seed is no reason to compile
     ids, lengths, _ = _decode(llm, logits, cache, seeds, config=static)
     return Generated(np.asarray(ids), np.asarray(lengths))

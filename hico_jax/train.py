@@ -35,6 +35,7 @@ from jax.sharding import Mesh
 from hico_jax import checkpoint, config, losses, metrics, optim
 from hico_jax.batch import Batch
 from hico_jax.config import Experiment
+from hico_jax.generate import GenerationConfig, generate
 from hico_jax.parallel import sharding
 from hico_jax.parallel.mesh import make_mesh
 from hico_jax.start import Start, TrainState, init_state, params_dict
@@ -379,6 +380,33 @@ def main(argv: Sequence[str]) -> int:
     if experiment.train.steps is None:
         settings = dataclasses.replace(experiment.train, steps=loader.num_steps)
         experiment = dataclasses.replace(experiment, train=settings)
+    show = None
+    if experiment.train.num_samples and not experiment.model.drop.num_stages and jax.process_count() == 1:
+        rows = range(min(experiment.train.num_samples, experiment.data.batch_size))
+        fixed, _ = loader.plan.collate([loader.plan.make(i) for i in rows])
+        show = samples(fixed, tokenizer.decode, tokenizer.eos_ids)
     with contextlib.closing(loader):
-        fit(experiment, loader, decode=tokenizer.decode)
+        fit(experiment, loader, decode=tokenizer.decode, evaluate=show)
     return 0
+
+
+def samples(batch: Batch, decode: Callable[[Any], str], eos: tuple[int, ...]) -> Evaluate:
+    """An evaluation that prints what the model says to each row's first question, and counts exact answers."""
+    real = np.where(np.asarray(batch.segments) == 1, np.asarray(batch.weights), 0) > 0
+    asks = np.flatnonzero(real.any(1))
+    starts = real.argmax(1)  # the last token of the prompt
+    lengths = [int((~real[b, starts[b] :]).argmax()) or real.shape[1] - starts[b] for b in asks]
+    wanted = [np.asarray(batch.targets)[b, starts[b] :][:n].tolist() for b, n in zip(asks, lengths, strict=True)]
+    inside = np.arange(real.shape[1]) <= starts[:, None]
+    prompts = jax.tree.map(lambda a: np.asarray(a)[asks], batch.replace(segments=np.where(inside, batch.segments, 0)))
+
+    def show(model: Any, step: int) -> dict[str, float]:
+        if not wanted:
+            return {}
+        settings = GenerationConfig(max_new_tokens=max(lengths), eos=eos)
+        said = [ids.tolist()[: len(want)] for ids, want in zip(generate(model, prompts, settings).ids, wanted, strict=True)]
+        for ids, want in zip(said, wanted, strict=True):
+            print(f"  step {step}: says {decode(ids)!r}, expected {decode(want)!r}", flush=True)
+        return {"exact": sum(a == b for a, b in zip(said, wanted, strict=True)) / len(wanted)}
+
+    return show

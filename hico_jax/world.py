@@ -10,6 +10,7 @@ import pathlib
 import shlex
 
 from data_pipeline.world import films, make
+from hico_jax.report import progress
 
 
 def main(args: argparse.Namespace) -> None:
@@ -21,7 +22,8 @@ def main(args: argparse.Namespace) -> None:
     if args.film:
         make_film(args)
     else:
-        world = make.make_world(args.out, preset=args.preset, seed=args.seed, progress=show)
+        with progress.bar("videos") as tick:
+            world = make.make_world(args.out, preset=args.preset, seed=args.seed, progress=tick)
         media = ", ".join(f"{count:,} {kind}" for kind, count in world["media"].items())
         print(f"{args.out}: {media}; {sum(world['items'].values()):,} annotations")
 
@@ -45,9 +47,3 @@ def make_film(args: argparse.Namespace) -> films.Film:
     print(f"hico ask {shlex.quote(str(path))} {shlex.quote(film.questions[0].text)}")
     print(f"the answer is: {film.questions[0].answer}")
     return film
-
-
-def show(done: int, total: int) -> None:
-    """A line for every tenth: readable in a log as well."""
-    if done and done * 10 // total > (done - 1) * 10 // total:
-        print(f"made {done:,} of {total:,}", flush=True)

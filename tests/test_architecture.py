@@ -62,17 +62,20 @@ RULES: dict[str, tuple[str, ...]] = {
     "hico_jax.train": (
         *_TRAINING, "hico_jax.convert.load", "hico_jax.models.hico", "hico_jax.generate", "data_pipeline.loader",
     ),
+    "hico_jax.film": (*_CONTRACT, "hico_jax.models.hico", "hico_jax.generate", "data_pipeline"),
+    "hico_jax.evals": (*_CONTRACT, "hico_jax.film", "hico_jax.generate", "data_pipeline"),
     "hico_jax.report": (),
     "hico_jax.doctor": (),
     "hico_jax.catalog": ("hico_jax.registry", "hico_jax.models.layers"),
-    "hico_jax.world": ("data_pipeline.world",),
+    "hico_jax.world": ("hico_jax.report.progress", "data_pipeline.world"),
     "hico_jax.ask": ("hico_jax", "data_pipeline"),
-    "hico_jax.demo": ("hico_jax", "data_pipeline"),
+    "hico_jax.demo": ("hico_jax", "data_pipeline", "configs"),
     "hico_jax.cli": (),  # it names its targets as text, so that help costs nothing
     "hico_jax.__main__": ("hico_jax.cli",),
     "hico_jax.__init__": (),
     "data_pipeline": _CONTRACT,
-    "configs": ("hico_jax.config", "hico_jax.registry", "hico_jax.batch"),  # and nobody imports configs
+    # Only the demo, a user like any other, asks where the configurations are.
+    "configs": ("hico_jax.config", "hico_jax.registry", "hico_jax.batch"),
 }  # fmt: skip
 
 NNX_DOOR = {"Module", "Param", "Variable", "Rngs", "List", "split", "merge", "state", "to_pure_dict", "eval_shape"}

@@ -53,8 +53,9 @@ def test_every_target_exists() -> None:
 
 
 def _exists(module: str, function: str) -> bool:
-    path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
-    return path.is_file() and f"def {function}(" in path.read_text()
+    path = ROOT.joinpath(*module.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return file.is_file() and f"def {function}(" in file.read_text()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in SURFACE), ["--version"], ["oops"]])

@@ -3,11 +3,11 @@
 `make_world` writes a folder as a user's data would look; `haystack` makes one long film with needles in it.
 """
 
+from data_pipeline.world.draw import frame, render
 from data_pipeline.world.films import Film, Needle, haystack, needles
 from data_pipeline.world.make import make_world
 from data_pipeline.world.presets import PRESETS, Preset
 from data_pipeline.world.questions import KINDS, Question, ask, ask_all, multiple_choice
-from data_pipeline.world.draw import frame, render
 from data_pipeline.world.scene import Card, Ground, Mover, Scene
 from data_pipeline.world.sheet import contact_sheet
 from data_pipeline.world.texts import corpus, text_items

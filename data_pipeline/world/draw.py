@@ -81,9 +81,8 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.minimum(abs(x), abs(y)) < 0.3
     turn = 2 * np.pi / 5  # a five-pointed star: its outline is a straight line in every tenth of the circle
     angle = abs((np.arctan2(x, -y) + turn / 2) % turn - turn / 2)
-    inner = 0.4
-    edge = inner * np.sin(turn / 2) / (np.sin(angle) * (1 - inner * np.cos(turn / 2)) + inner * np.sin(turn / 2) * np.cos(angle))
-    return radius < edge
+    x_in, y_in = 0.4 * np.cos(turn / 2), 0.4 * np.sin(turn / 2)
+    return radius < y_in / (np.sin(angle) * (1 - x_in) + y_in * np.cos(angle))
 
 
 def _pixels(size: float, px: int) -> int:
@@ -114,7 +113,7 @@ def _blit(canvas: np.ndarray, alpha: np.ndarray, colour: tuple[int, int, int], x
         return
     mask = alpha[y0 - top : y1 - top, x0 - left : x1 - left, None]
     region = canvas[y0:y1, x0:x1]
-    region[:] = (region + mask * (np.float32(colour) - region) + 0.5).astype(np.uint8)
+    region[:] = (region + mask * (np.array(colour, np.float32) - region) + 0.5).astype(np.uint8)
 
 
 def _ground(scene: Scene, time_s: float) -> np.ndarray:
@@ -142,7 +141,7 @@ def _muted(rng: np.random.Generator) -> tuple[int, int, int]:
 def _texture(ground: Ground, px: int) -> UInt8[ndarray, "height width 3"]:
     """A smooth random texture that tiles, two by two tiles so that panning is a slice."""
     rng = np.random.default_rng(ground.seed)
-    base, tint = np.float32(_muted(rng)), np.float32(_muted(rng))
+    base, tint = np.array(_muted(rng), np.float32), np.array(_muted(rng), np.float32)
     frequency = np.hypot(np.fft.fftfreq(px)[:, None], np.fft.rfftfreq(px)[None, :]) * px
     spectrum = np.fft.rfft2(rng.standard_normal((px, px))) / (1 + frequency) ** rng.uniform(1.2, 2.0)
     waves = np.fft.irfft2(spectrum, s=(px, px)).astype(np.float32)
@@ -154,11 +153,12 @@ def _texture(ground: Ground, px: int) -> UInt8[ndarray, "height width 3"]:
 def _drifters(ground: Ground) -> tuple[tuple[str, tuple[int, int, int], float, float, float, float, float], ...]:
     """Shape, colour, size, place and speed of the muted shapes."""
     rng = np.random.default_rng((ground.seed, 1))
-    return tuple(
-        (str(rng.choice(SHAPES)), _muted(rng), float(rng.uniform(0.15, 0.35)), *map(float, rng.uniform(0, 1.3, 2)),
-         *map(float, rng.uniform(-0.15, 0.15, 2)))
-        for _ in range(ground.num_drifters)
-    )  # fmt: skip
+    made = []
+    for _ in range(ground.num_drifters):
+        shape, colour, size = str(rng.choice(SHAPES)), _muted(rng), float(rng.uniform(0.15, 0.35))
+        (x, y), (vx, vy) = rng.uniform(0, 1.3, 2).tolist(), rng.uniform(-0.15, 0.15, 2).tolist()
+        made.append((shape, colour, size, x, y, vx, vy))
+    return tuple(made)
 
 
 @functools.lru_cache(maxsize=8)

@@ -53,10 +53,10 @@ class Film:
 
 
 def needles(
-    seed: int, num_seconds: float, *, count: int = 1, depth: float | None = None, seconds: float = 4.0, fps: float = 1.0,
-    contents: Sequence[str] | None = None, split: str = "test",
+    seed: int, num_seconds: float, *, count: int = 1, depth: float | None = None, seconds: float = 4.0,
+    fps: float = 1.0, contents: Sequence[str] | None = None, split: str = "test",
 ) -> tuple[Needle, ...]:
-    """Random needles of different colours, by default of held-out pairs.
+    """Random needles of different colours; split "test" takes held-out pairs, "val" pairs that training shows.
 
     A single needle sits at `depth` (0 is the first frame, 1 ends with the last one), or anywhere. Several needles share
     the film out between them and sit anywhere in their part.
@@ -92,7 +92,8 @@ def haystack(
       ValueError: needles that overlap or lie outside the film.
     """
     dice = Dice(seed, split, _FILMS, Look(px=px, fps=fps))
-    placed = sorted((Card(n.content, n.colour, n.start_s, n.start_s + n.seconds) for n in needles), key=lambda c: c.start_s)
+    placed = [Card(n.content, n.colour, n.start_s, n.start_s + n.seconds) for n in needles]
+    placed.sort(key=lambda card: card.start_s)
     scene = dice.scene(float(num_seconds), grounds=dice.cuts(float(num_seconds), (8.0, 24.0)), cards=placed)
     shown = dataclasses.replace(scene, cards=()) if blank else scene
     write_scene(path, shown)

@@ -4,7 +4,8 @@
     *.json  *.jsonl       annotations in the reference's format (conversations of human and gpt turns)
     stage{1,2,3,4}.yaml   which annotations each stage reads; paths are relative to the YAML file
     short.yaml            the questions about short films alone
-    val*.json test*.json  questions on unseen scenes, one a line of the answer sheet, with kind and answer
+    val*.json test*.json  one question an item about scenes training never shows, with its kind and answer
+    settings.json         what is being made; written first
     scenes.jsonl          ground truth of every video
     world.json            what was made; written last
 
@@ -68,7 +69,7 @@ def make_world(
     settings = json.loads(json.dumps({"version": VERSION, "seed": seed, "preset": dataclasses.asdict(preset)}))
     begun = root / "settings.json"
     if begun.exists() and json.loads(begun.read_text()) != settings:
-        raise ValueError(f"{root} holds a world with other settings (see settings.json); choose another folder or delete it")
+        raise ValueError(f"{root} holds another world (see its settings.json); choose another folder or delete it")
     finished = root / "world.json"
     if finished.exists():
         return json.loads(finished.read_text())
@@ -80,7 +81,7 @@ def make_world(
     _write_media(root, preset, seed, media, progress, workers)
     for left in root.glob("*/.*.part"):  # of a call that was killed
         left.unlink(missing_ok=True)
-    files = annotations(preset, seed, media)
+    files = annotate(preset, seed, media)
     for name, items in files.items():
         _write(root / name, "".join(_json(i, None) for i in items) if name.endswith("l") else _json(items))
     for name, datasets in _stages(files).items():
@@ -110,39 +111,36 @@ def plan(preset: Preset, seed: int) -> list[Media]:
         for group, number in zip(looks, groups, strict=True):
             for recipe in _share(recipes[group], number):
                 scene = make_scene(recipe, seed=seed, split=split, index=index, look=looks[group])
-                path = f"images/{split}_{index:05d}.jpg" if group == "image" else f"videos/{split}_{group}_{index:05d}.mp4"
+                kind, ending = ("images", "jpg") if group == "image" else ("videos", "mp4")
+                path = f"{kind}/{split}_{group}_{index:05d}.{ending}"
                 out.append(Media(path, group, split, recipe, scene, index))
                 index += 1
     return out
 
 
-def annotations(preset: Preset, seed: int, media: Sequence[Media]) -> dict[str, list[dict[str, Any]]]:
+def annotate(preset: Preset, seed: int, media: Sequence[Media]) -> dict[str, list[dict[str, Any]]]:
     """All annotation files: name -> items."""
     files: dict[str, list[dict[str, Any]]] = {
         name: []
         for name in (
             "stage1_images.json", "stage1_videos.json", "stage2_images.json", "stage2_pairs.json", "stage2_videos.json",
-            "stage3_short.json", "stage3_long.jsonl", "text.jsonl", "val.json", "val_long.json", "test.json", "test_long.json",
+            "stage3_short.json", "stage3_long.jsonl", "text.jsonl",
+            "val.json", "val_long.json", "test.json", "test_long.json",
         )
     }  # fmt: skip
     for m in media:
         rng = np.random.default_rng((m.scene.seed, 2))
-        key, name = ("image", os.path.basename(m.path)) if m.group == "image" else ("video", os.path.basename(m.path))
-
-        def item(questions: Sequence[Question], number: int, m: Media = m, key: str = key, name: str = name) -> dict[str, Any]:
-            return {"id": f"{m.split}_{m.index:05d}_{number}", key: name, "conversations": conversation(questions)}
-
         caption = ask("caption", m.scene)
         assert caption is not None
         if m.split != "train":
             if m.group != "image":
                 for i, q in enumerate(choose(m.scene, preset.weights, rng, turns=2)):
                     sheet = f"{m.split}{'_long' if m.group == 'long' else ''}.json"
-                    files[sheet].append({**item([q], i), "kind": q.kind, "answer": q.answer})
+                    files[sheet].append({**_item(m, [q], i), "kind": q.kind, "answer": q.answer})
             continue
         if m.group == "image":
-            files["stage1_images.json"].append(item([caption], 0))
-            files["stage2_images.json"].append(item(choose(m.scene, preset.weights, rng, turns=preset.turns), 1))
+            files["stage1_images.json"].append(_item(m, [caption], 0))
+            files["stage2_images.json"].append(_item(m, choose(m.scene, preset.weights, rng, turns=preset.turns), 1))
             continue
         drawn = [
             choose(m.scene, preset.weights, rng, turns=preset.turns, choice_share=preset.choice_share)
@@ -150,13 +148,22 @@ def annotations(preset: Preset, seed: int, media: Sequence[Media]) -> dict[str, 
         ]
         drawn = [questions for questions in drawn if questions]
         if m.group == "short":
-            files["stage1_videos.json"].append(item([caption], 0))
-            files["stage2_videos.json"].append(item([caption, *drawn[0][: preset.turns - 1]], 1))
+            files["stage1_videos.json"].append(_item(m, [caption], 0))
+            files["stage2_videos.json"].append(_item(m, [caption, *drawn[0][: preset.turns - 1]], 1))
         target = "stage3_short.json" if m.group == "short" else "stage3_long.jsonl"
-        files[target].extend(item(questions, 2 + i) for i, questions in enumerate(drawn))
+        files[target].extend(_item(m, questions, 2 + i) for i, questions in enumerate(drawn))
     files["stage2_pairs.json"] = _pairs(preset, [m for m in media if m.split == "train" and m.group == "image"])
     files["text.jsonl"] = texts.text_items(np.random.default_rng((seed, 3)), preset.texts)
     return files
+
+
+def _item(media: Media, questions: Sequence[Question], number: int) -> dict[str, Any]:
+    """One annotation: questions and answers about one video or image."""
+    return {
+        "id": f"{media.split}_{media.index:05d}_{number}",
+        "image" if media.group == "image" else "video": os.path.basename(media.path),
+        "conversations": conversation(questions),
+    }
 
 
 def _pairs(preset: Preset, images: Sequence[Media]) -> list[dict[str, Any]]:
@@ -180,13 +187,14 @@ def _stages(files: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
     tables = {
         "stage1.yaml": (("stage1_images.json", "all"), ("stage1_videos.json", "all")),
         "stage2.yaml": (
-            ("stage2_images.json", "all"), ("stage2_pairs.json", "all"), ("stage2_videos.json", "all"), ("text.jsonl", "all"),
+            ("stage2_images.json", "all"), ("stage2_pairs.json", "all"), ("stage2_videos.json", "all"),
+            ("text.jsonl", "all"),
         ),
         "stage3.yaml": (
             ("stage3_short.json", "all"), ("stage3_long.jsonl", "all"), ("stage2_images.json", "first:50%"),
             ("text.jsonl", "first:25%"),
         ),
-        # Short films only: eight frames a row, what a small model learns from on two cores.
+        # Short films only: four to twelve frames a row, what a small model learns from on two cores.
         "short.yaml": (("stage3_short.json", "all"),),
         "stage4.yaml": (("stage3_short.json", "end:50%"), ("stage3_long.jsonl", "all")),
     }  # fmt: skip
@@ -197,7 +205,8 @@ def _stages(files: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
             if not files[name]:
                 continue
             text += f"  - json_path: {name}\n    sampling_strategy: {strategy}\n"
-            text += "" if name == "text.jsonl" else f"    data_root: {'images' if 'image' in files[name][0] else 'videos'}\n"
+            if name != "text.jsonl":
+                text += f"    data_root: {'images' if 'image' in files[name][0] else 'videos'}\n"
         out[stage] = text
     return out
 
@@ -252,7 +261,7 @@ def _write_media(root: pathlib.Path, preset: Preset, seed: int, media: Sequence[
                     process = running.pop(receiver)
                     process.join()
                     if process.exitcode:
-                        raise RuntimeError(f"a worker that writes videos to {root} ended with code {process.exitcode}") from None
+                        raise RuntimeError(f"a worker writing to {root} ended with code {process.exitcode}") from None
                     continue
                 done += 1
                 if progress:

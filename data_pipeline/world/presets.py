@@ -19,7 +19,7 @@ class Preset:
     weights: dict[str, float]  # how often each kind of question is asked where it makes sense; see questions.choose
     texts: int = 60  # text-only conversations
     px: int = 96
-    short_s: tuple[float, float] = (8.0, 11.5)  # eight frames at one a second, in whole clips of four
+    short_s: tuple[float, float] = (4.0, 12.5)  # 4 to 12 frames at 1 fps; one length alone does not generalize
     long_s: tuple[float, float] = (24.0, 64.0)
     card_s: tuple[float, float] = (3.0, 5.0)
     contents: tuple[str, ...] = DIGITS  # what is written on cards
@@ -31,31 +31,32 @@ class Preset:
 
 # The main skill (what is on the card?) keeps most of the weight; the rest must not crowd it out of a small model.
 _NEEDLE = {"card_colour": 4.0, "card_shape": 4.0, "card_text": 4.0}
-_ORDER = {"first": 2.0, "second": 2.0, "order": 1.0}
+_ORDER = {"first_colour": 3.0, "second_colour": 3.0, "first_shape": 1.0, "second_shape": 1.0, "order": 0.5}
 
 NANO = Preset(
-    train=(1400, 60, 240),
+    train=(1400, 60, 800),
     val=(60, 8, 0),
     test=(120, 16, 0),
-    recipes={"card": 0.66, "two_cards": 0.2, "mover": 0.1, "count": 0.04},
+    recipes={"card": 0.72, "two_cards": 0.22, "mover": 0.04, "count": 0.02},
     long_recipes={"card": 0.7, "two_cards": 0.3},
     weights={
-        **_NEEDLE, **_ORDER, "part": 0.4, "present": 0.3, "count_cards": 0.3, "caption": 0.3,
+        **_NEEDLE, **_ORDER, "part": 0.2, "present": 0.2, "count_cards": 0.2, "caption": 0.2,
         "mover_colour": 1.0, "mover_shape": 1.0, "direction": 2.0, "count_shapes": 2.0,
     },
-    written=0.1,
-    choice_share=0.04,
+    turns=2,
+    conversations=3,
+    choice_share=0.02,
 )  # fmt: skip
 
 PRESETS: dict[str, Preset] = {
     # For tests: everything once, in about a second.
     "tiny": dataclasses.replace(
-        NANO, train=(12, 2, 8), val=(3, 1, 0), test=(3, 1, 0), px=32, texts=6, long_s=(16.0, 20.0),
+        NANO, train=(12, 2, 8), val=(3, 1, 0), test=(3, 1, 0), px=32, texts=6, long_s=(16.0, 20.0), written=0.1,
         recipes={"card": 0.3, "two_cards": 0.2, "mover": 0.2, "count": 0.1, "blink": 0.1, "scenes": 0.1},
     ),
     # The main skill only.
     "quick": dataclasses.replace(
-        NANO, train=(500, 16, 60), val=(24, 4, 0), test=(48, 8, 0), recipes={"card": 0.85, "two_cards": 0.15}, written=0.0,
+        NANO, train=(500, 16, 400), val=(24, 4, 0), test=(48, 8, 0), recipes={"card": 0.85, "two_cards": 0.15},
         choice_share=0.0,
     ),
     "nano": NANO,
@@ -63,7 +64,8 @@ PRESETS: dict[str, Preset] = {
     "full": dataclasses.replace(
         NANO, train=(6000, 400, 1500), val=(200, 24, 0), test=(400, 48, 0), texts=400, long_s=(32.0, 256.0),
         recipes={
-            "card": 0.4, "two_cards": 0.2, "three_cards": 0.08, "mover": 0.12, "count": 0.08, "blink": 0.06, "scenes": 0.06,
+            "card": 0.4, "two_cards": 0.2, "three_cards": 0.08,
+            "mover": 0.12, "count": 0.08, "blink": 0.06, "scenes": 0.06,
         },
         long_recipes={"card": 0.5, "two_cards": 0.3, "three_cards": 0.2},
         weights={**NANO.weights, "when": 1.0, "blinks": 1.0, "count_scenes": 1.0},

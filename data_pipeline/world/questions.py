@@ -1,7 +1,7 @@
 """Questions and answers about a scene, derived from its ground truth alone.
 
-A kind of question is data: a few wordings, the closed list of answers it may have, and the rule that reads the answer off
-the scene (None where the question makes no sense). Answers are single words, so exact match is well defined.
+A kind of question is data: its wording, the closed list of answers it may have, and the rule that reads the answer
+off the scene (None where the question makes no sense). Answers are single words, so exact match is well defined.
 
 In: `Scene`. Out: `Question`, and conversations in the annotation format of the reference.
 """
@@ -23,7 +23,7 @@ MAX_SECONDS = 16  # "at which second" is asked of films up to this long
 class Kind:
     """One kind of question."""
 
-    wordings: tuple[str, ...]
+    wording: str
     answers: tuple[str, ...]  # every answer it can have; () is open text
     answer: Callable[[Scene], str | None]
 
@@ -76,6 +76,10 @@ def _part(scene: Scene) -> str | None:
     return None
 
 
+def _count_cards(scene: Scene) -> str | None:
+    return str(len(scene.cards)) if len(scene.cards) <= 3 else None
+
+
 def _order(scene: Scene, colour: str) -> str | None:
     colours = [c.colour for c in scene.cards]
     return ("first", "second")[colours.index(colour)] if len(colours) == 2 and len(set(colours)) == 2 else None
@@ -88,12 +92,13 @@ def _one_mover(read: Callable[[Scene], str | None]) -> Callable[[Scene], str | N
 def _caption(scene: Scene) -> str:
     if scene.cards:
         return ", then ".join(f"a card with a {c.colour} {c.content}" for c in scene.cards)
-    if not scene.movers:
+    m = next(iter(scene.movers), None)
+    if m is None:
         return "an empty scene" if len(scene.grounds) == 1 else f"{len(scene.grounds)} empty scenes"
     if len(scene.movers) > 1:
         return f"{len(scene.movers)} bright shapes"
-    m = scene.movers[0]
-    return f"a {m.colour} {m.shape} " + (f"moves {m.direction}" if m.direction else "blinks" if m.blink_s else "stands still")
+    does = f"moves {m.direction}" if m.direction else "blinks" if m.blink_s else "stands still"
+    return f"a {m.colour} {m.shape} {does}"
 
 
 _COLOURS, _WAYS = tuple(COLOURS), tuple(DIRECTIONS)
@@ -101,51 +106,51 @@ _TEXTS = (*DIGITS, *LETTERS, *WORDS)
 
 KINDS: dict[str, Kind] = {
     # the needle
-    "card_colour": Kind(("What colour is the card?",), _COLOURS, _of_card(0, 1, _colour)),
-    "card_shape": Kind(("What shape is on the card?",), SHAPES, _of_card(0, 1, _shape)),
-    "card_text": Kind(("What is written on the card?",), _TEXTS, _of_card(0, 1, _written)),
+    "card_colour": Kind("What colour is the card?", _COLOURS, _of_card(0, 1, _colour)),
+    "card_shape": Kind("What shape is on the card?", SHAPES, _of_card(0, 1, _shape)),
+    "card_text": Kind("What is written on the card?", _TEXTS, _of_card(0, 1, _written)),
     # order in time
-    "first_colour": Kind(("What colour is the first card?",), _COLOURS, _of_card(0, 2, _colour)),
-    "second_colour": Kind(("What colour is the second card?",), _COLOURS, _of_card(1, 2, _colour)),
-    "first_shape": Kind(("What shape is on the first card?",), SHAPES, _of_card(0, 2, _shape)),
-    "second_shape": Kind(("What shape is on the second card?",), SHAPES, _of_card(1, 2, _shape)),
+    "first_colour": Kind("What colour is the first card?", _COLOURS, _of_card(0, 2, _colour)),
+    "second_colour": Kind("What colour is the second card?", _COLOURS, _of_card(1, 2, _colour)),
+    "first_shape": Kind("What shape is on the first card?", SHAPES, _of_card(0, 2, _shape)),
+    "second_shape": Kind("What shape is on the second card?", SHAPES, _of_card(1, 2, _shape)),
     **{
         f"order_{colour}": Kind(
-            (f"Is the {colour} card the first or the second?",),
+            f"Is the {colour} card the first or the second?",
             ("first", "second"),
             lambda scene, colour=colour: _order(scene, colour) if colour in (c.colour for c in scene.cards) else None,
         )
         for colour in COLOURS
     },
     # time
-    "when": Kind(("At which second does the card appear?",), tuple(map(str, range(MAX_SECONDS))), _when),
-    "part": Kind(("Is the card at the start, in the middle or at the end?",), ("start", "middle", "end"), _part),
+    "when": Kind("At which second does the card appear?", tuple(map(str, range(MAX_SECONDS))), _when),
+    "part": Kind("Is the card at the start, in the middle or at the end?", ("start", "middle", "end"), _part),
     # number
-    "count_cards": Kind(("How many cards are there?",), ("0", "1", "2", "3"), lambda s: str(len(s.cards)) if len(s.cards) <= 3 else None),
-    "present": Kind(("Is there a card?",), ("yes", "no"), lambda s: "yes" if s.cards else "no"),
+    "count_cards": Kind("How many cards are there?", ("0", "1", "2", "3"), _count_cards),
+    "present": Kind("Is there a card?", ("yes", "no"), lambda s: "yes" if s.cards else "no"),
     "count_shapes": Kind(
-        ("How many bright shapes are there?",), ("1", "2", "3", "4"),
+        "How many bright shapes are there?", ("1", "2", "3", "4"),
         lambda s: str(len(s.movers)) if s.movers and not s.cards else None,
     ),
     "count_scenes": Kind(
-        ("How many scenes are there?",), ("1", "2", "3"),
+        "How many scenes are there?", ("1", "2", "3"),
         lambda s: str(len(s.grounds)) if len(s.grounds) <= 3 and not s.cards and not s.movers else None,
     ),
     # a moving shape
-    "mover_colour": Kind(("What colour is the bright shape?",), _COLOURS, _one_mover(lambda s: s.movers[0].colour)),
-    "mover_shape": Kind(("Which shape is it?",), SHAPES, _one_mover(lambda s: s.movers[0].shape)),
-    "direction": Kind(("Which way does it move?",), _WAYS, _one_mover(lambda s: s.movers[0].direction)),
+    "mover_colour": Kind("What colour is the bright shape?", _COLOURS, _one_mover(lambda s: s.movers[0].colour)),
+    "mover_shape": Kind("Which shape is it?", SHAPES, _one_mover(lambda s: s.movers[0].shape)),
+    "direction": Kind("Which way does it move?", _WAYS, _one_mover(lambda s: s.movers[0].direction)),
     "blinks": Kind(
-        ("Does it blink?",), ("yes", "no"),
+        "Does it blink?", ("yes", "no"),
         _one_mover(lambda s: None if s.movers[0].direction else "yes" if s.movers[0].blink_s else "no"),
     ),
     # open text
-    "caption": Kind(("Describe the video.",), (), _caption),
+    "caption": Kind("Describe the video.", (), _caption),
 }  # fmt: skip
 
 
 def ask(kind: str, scene: Scene) -> Question | None:
-    """The question of one kind about a scene, in its first wording; None where it makes no sense.
+    """The question of one kind about a scene; None where it makes no sense.
 
     Raises:
       ValueError: an unknown kind.
@@ -153,7 +158,7 @@ def ask(kind: str, scene: Scene) -> Question | None:
     if kind not in KINDS:
         raise ValueError(f"question kind is {kind!r}; it must be one of {', '.join(KINDS)}")
     answer = KINDS[kind].answer(scene)
-    return None if answer is None else Question(kind, KINDS[kind].wordings[0], answer)
+    return None if answer is None else Question(kind, KINDS[kind].wording, answer)
 
 
 def ask_all(scene: Scene) -> list[Question]:
@@ -172,7 +177,8 @@ def multiple_choice(question: Question, rng: np.random.Generator, num_options: i
         raise ValueError(f"a question of kind {question.kind!r} cannot be given options")
     if question.answer in DIGITS or question.answer in LETTERS or question.answer in WORDS:
         # Wrong options of the same sort, or the right one stands out.
-        answers = next((s for s in (DIGITS, LETTERS, WORDS) if question.answer in s and set(s) <= set(answers)), answers)
+        sorts = (s for s in (DIGITS, LETTERS, WORDS) if question.answer in s and set(s) <= set(answers))
+        answers = next(sorts, answers)
     others = [a for a in answers if a != question.answer]
     wrong = rng.choice(others, min(num_options - 1, len(others)), replace=False).tolist()
     options = [*wrong, question.answer]

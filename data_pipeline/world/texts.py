@@ -5,6 +5,7 @@ In: nothing. Out: annotation items; lines of text.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -19,17 +20,19 @@ _FACTS: tuple[tuple[str, str], ...] = (
     *((f"Is {c} a colour or a shape?", "colour") for c in COLOURS),
     *((f"Is {s} a colour or a shape?", "shape") for s in SHAPES),
     *((f"What is the opposite of {a}?", b) for a, b in _OPPOSITES.items()),
-    *((f"Which digit comes after {a}?", b) for a, b in zip(DIGITS, DIGITS[1:], strict=False)),
+    *((f"Which digit comes after {a}?", b) for a, b in itertools.pairwise(DIGITS)),
     *((f"Say {w}.", w) for w in (*COLOURS, *SHAPES)),
 )
 
 
 def text_items(rng: np.random.Generator, number: int) -> list[dict[str, Any]]:
     """Annotation items with text only: short facts about the world's own words."""
-    return [
-        {"id": f"text_{i:05d}", "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
-        for i, (question, answer) in enumerate(_FACTS[int(k)] for k in rng.integers(len(_FACTS), size=number))
-    ]
+    items = []
+    for i, k in enumerate(rng.integers(len(_FACTS), size=number)):
+        question, answer = _FACTS[int(k)]
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        items.append({"id": f"text_{i:05d}", "conversations": turns})
+    return items
 
 
 def corpus(preset: str | Preset = "nano", *, scenes: int = 600) -> list[str]:
@@ -50,5 +53,6 @@ def corpus(preset: str | Preset = "nano", *, scenes: int = 600) -> list[str]:
         lines += [question, answer]
     for kind in KINDS.values():
         # A word alone, and the same word inside a sentence, where a space comes before it.
+        lines.append(kind.wording)
         lines += [text for answer in kind.answers for text in (answer, f"It is {answer}.")]
     return lines

@@ -15,9 +15,6 @@ from hico_jax.kernels import blockwise
 from hico_jax.shapes import Array, Bool, Float, Int
 
 
-FUSED = False
-
-
 def attend(
     q: Float[Array, "B L H d"],
     k: Float[Array, "B S K d"],
@@ -31,11 +28,12 @@ def attend(
 ) -> Float[Array, "B L H d"]:
     """`softmax(q k / sqrt(d)) v`; no positions count from 0, no segments are one segment, segment 0 is padding.
 
-    A padding query gives zeros. On a GPU in half precision cuDNN does the work wherever its masks can say what
-    ours say: no mask, causal, and padding on the right. Everything else runs blockwise.
+    A padding query gives zeros. On a GPU in half precision cuDNN runs long rows wherever its masks can say what
+    ours say: no mask, causal, and padding on the right. Everything else runs blockwise (short rows: one block).
     """
     (rows, length), keys = q.shape[:2], k.shape[1]
-    fused = FUSED and jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    fused = jax.default_backend() == "gpu" and half and length > blockwise.BLOCK and q.shape[-1] in range(8, 129, 8)
     if fused and all(a is None for a in (q_positions, k_positions, q_segments, k_segments)):
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
     where = {

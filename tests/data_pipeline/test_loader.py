@@ -119,6 +119,21 @@ def test_processes_give_what_threads_give(data, small):
     assert all(same(a.batch, b.batch) for a, b in zip(threads[1:], rest, strict=True))
 
 
+def test_a_position_serves_another_number_of_hosts(data, small):
+    whole = list(make_loader(config(data), GEOMETRY, small))
+    part = make_loader(config(data), GEOMETRY, small)
+    next(part)
+    state = part.get_state()
+    hosts = [
+        list(make_loader(config(data), GEOMETRY, small, process_index=p, process_count=4, start=state))
+        for p in range(4)
+    ]
+    for step, parts in enumerate(zip(*hosts, strict=True), 1):
+        assert {i for made in parts for i in made.ids} == set(whole[step].ids)
+    part.set_state(state)
+    assert same(next(part).batch, whole[1].batch)
+
+
 def test_a_position_of_other_data_is_refused(data, small):
     state = make_loader(config(data), GEOMETRY, small).get_state()
     with pytest.raises(ValueError, match="belongs to other annotations"):
@@ -148,6 +163,13 @@ def test_fixed_buckets_give_one_shape(data, small):
     assert len(shapes) == 1
     with pytest.raises(ValueError, match=r"fits none of the buckets \(64,\)"):
         next(make_loader(config(data, length_buckets=(64,)), GEOMETRY, small))
+
+
+def test_a_finer_step_wastes_less(data, small):
+    coarse, fine = (
+        [m.info.waste for m in make_loader(config(data, length_step=step), GEOMETRY, small)] for step in (128, 16)
+    )
+    assert np.mean(fine) < 0.5 * np.mean(coarse)
 
 
 @pytest.fixture
@@ -243,3 +265,10 @@ def test_the_tokenizer_may_be_a_folder(data, small, tmp_path):
     given = next(make_loader(config(data), GEOMETRY, small))
     assert same(named.batch, given.batch)
     assert np.isfinite(named.info.waste)
+
+
+def test_the_end_is_a_position_too(data, small):
+    made = make_loader(config(data), GEOMETRY, small)
+    assert len(list(made)) == made.num_steps == 6
+    assert next(made, None) is None
+    assert list(make_loader(config(data), GEOMETRY, small, start=made.get_state())) == []

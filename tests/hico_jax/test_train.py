@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from data_pipeline.options import DataConfig
 from hico_jax import config, metrics, optim, registry, train
@@ -44,6 +45,21 @@ def losses_of(workdir: pathlib.Path) -> list[tuple[int, float, float]]:
 
 def leaves(state: Any) -> list[np.ndarray]:
     return [np.asarray(a) for a in jax.tree.leaves(state)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Most tests here compile the same step: keep it on disk meanwhile."""
+    folder = str(tmp_path_factory.mktemp("xla"))
+    settings = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.2}
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 class Info(NamedTuple):
@@ -141,9 +157,11 @@ train.fit(test_train.experiment(pathlib.Path(sys.argv[1]), steps=6), test_train.
 """
 
 
-def test_killed_and_resumed_equals_straight(straight: tuple[pathlib.Path, Any], tmp_path: pathlib.Path) -> None:
+def test_killed_and_resumed_equals_straight(
+    straight: tuple[pathlib.Path, Any], tmp_path: pathlib.Path, compiled_once: str
+) -> None:
     script = KILLED.format(tests=str(pathlib.Path(__file__).parent))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": compiled_once}
 
     def run(kill_at: int) -> int:
         return subprocess.run([sys.executable, "-c", script, str(tmp_path), str(kill_at)], env=environment,
@@ -196,7 +214,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: pathlib.Path) -> None
     def poisoned(seed: int) -> Item:
         batch = fake(seed)
         if seed == 2:
-            batch = dataclasses.replace(batch, weights=batch.weights * np.float32(np.inf))
+            batch = dataclasses.replace(batch, weights=np.where(batch.weights > 0, np.float32(np.inf), np.float32(0)))
         return Item(batch, Info((f"clip-{seed}",)))
 
     with pytest.raises(train.NonFiniteLossError, match=r"the loss of step 2 is nan .*Examples: clip-2\."):
@@ -272,6 +290,22 @@ def test_a_mistake_is_one_sentence_and_code_2(
 ) -> None:
     assert train.main(argv) == 2
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_samples_show_what_the_model_says(capsys: pytest.CaptureFixture[str]) -> None:
+    batch = fake(0, rows=3)
+    batch.weights[1] = 0  # asks nothing
+    model = MODEL.build(rngs=train.nnx.Rngs(0))
+    show = train.samples(batch, lambda ids: ",".join(map(str, ids)), eos=(63,))
+    found = show(model, 7)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2
+    supervised = batch.targets[0][batch.weights[0] > 0]
+    assert said[0].endswith(f"expected '{','.join(map(str, supervised))}'")
+    first = int(np.argmax(batch.weights[0] > 0))
+    hidden = jax.jit(lambda m, b: m(b).x)(model, jax.tree.map(jnp.asarray, batch))[0, first]
+    assert said[0].startswith(f"  step 7: says '{int(jnp.argmax(hidden @ model.llm.unembed_weight()))}")
+    assert found == {"exact": 0.0}
 
 
 def test_costs_count_what_trains() -> None:

@@ -45,6 +45,6 @@ def test_a_mistake_is_named(
 def test_a_folder_of_videos(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["world", "--out", str(tmp_path / "w"), "--preset", "tiny"]) == cli.OK
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].startswith("made 30 of 30")
+    assert lines[-2].startswith("  videos 30/30")
     assert len(lines) <= 12
     assert sorted(p.name for p in (tmp_path / "w").iterdir())[-1] == "world.json"

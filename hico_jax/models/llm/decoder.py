@@ -126,6 +126,9 @@ def _run_layers(
         x = shard(x, "batch", "length", None)
         return x, kv_cache.with_room(key_value, cache_room) if cache_room else None
 
+    if cache_room:  # no gradient is wanted: index the stack, since a slice of it would copy the weights
+        picked = lambda i: jax.tree.map(lambda p: p[i], blocks)
+        return jax.lax.scan(lambda x, i: step(x, picked(i)), x, jnp.arange(start, stop))
     if remat:
         policy = jax.checkpoint_policies.save_only_these_names(blockwise.SAVED)
         step = jax.checkpoint(step, prevent_cse=False, policy=policy)

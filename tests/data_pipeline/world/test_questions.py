@@ -38,13 +38,15 @@ def test_one_card_with_something_written():
 
 def test_two_cards_depend_on_order():
     assert _answers(_scene(cards=(RED_RING, BLUE_SEVEN))) == {
-        "first_colour": "red", "second_colour": "blue", "first_shape": "ring", "order_red": "first", "order_blue": "second",
-        "count_cards": "2", "present": "yes", "caption": "a card with a red ring, then a card with a blue 7",
+        "first_colour": "red", "second_colour": "blue", "first_shape": "ring",
+        "order_red": "first", "order_blue": "second", "count_cards": "2", "present": "yes",
+        "caption": "a card with a red ring, then a card with a blue 7",
     }  # fmt: skip
     swapped = (Card("7", "blue", 1.0, 4.0), Card("ring", "red", 6.0, 8.0))
     assert _answers(_scene(cards=swapped)) == {
-        "first_colour": "blue", "second_colour": "red", "second_shape": "ring", "order_red": "second", "order_blue": "first",
-        "count_cards": "2", "present": "yes", "caption": "a card with a blue 7, then a card with a red ring",
+        "first_colour": "blue", "second_colour": "red", "second_shape": "ring",
+        "order_red": "second", "order_blue": "first", "count_cards": "2", "present": "yes",
+        "caption": "a card with a blue 7, then a card with a red ring",
     }  # fmt: skip
 
 
@@ -98,7 +100,8 @@ def test_every_kind_comes_up_and_answers_from_its_list():
 def test_multiple_choice_has_one_right_option_in_any_place():
     places = set()
     for seed in range(30):
-        question = multiple_choice(Question("card_colour", "What colour is the card?", "red"), np.random.default_rng(seed))
+        open_question = Question("card_colour", "What colour is the card?", "red")
+        question = multiple_choice(open_question, np.random.default_rng(seed))
         assert len(set(question.options)) == 4
         assert question.options["ABCD".index(question.answer)] == "red"
         places.add(question.answer)
@@ -133,7 +136,10 @@ def test_a_first_word_weighs_for_its_kinds():
 
 
 def test_a_conversation_shows_the_media_once():
-    questions = [Question("present", "Is there a card?", "yes"), Question("card_colour", "What colour is the card?", "red")]
+    questions = [
+        Question("present", "Is there a card?", "yes"),
+        Question("card_colour", "What colour is the card?", "red"),
+    ]
     assert conversation(questions) == [
         {"from": "human", "value": "<image>\nIs there a card?"},
         {"from": "gpt", "value": "yes"},

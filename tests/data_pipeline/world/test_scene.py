@@ -20,7 +20,8 @@ def test_an_event_between_two_frames_has_none():
 
 
 @pytest.mark.parametrize(
-    ("vx", "vy", "way"), [(-0.1, 0.0, "left"), (0.1, 0.05, "right"), (0.0, -0.1, "up"), (0.05, 0.1, "down"), (0.0, 0.0, "")]
+    ("vx", "vy", "way"),
+    [(-0.1, 0.0, "left"), (0.1, 0.05, "right"), (0.0, -0.1, "up"), (0.05, 0.1, "down"), (0.0, 0.0, "")],
 )
 def test_direction_follows_the_larger_speed(vx: float, vy: float, way: str):
     assert Mover("star", "red", 0.0, 1.0, vx=vx, vy=vy).direction == way

@@ -52,3 +52,39 @@ def test_one_query_equals_the_last_row_of_the_whole() -> None:
     visible = jnp.broadcast_to(jnp.arange(12) < 9, (2, 12))
     one = attention.attend_one(q[:, -1:], *lie, visible)
     np.testing.assert_allclose(one, whole[:, -1:], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "split", [None, ((1, 520),), ((1, 300), (0, 220)), ((0, 520),), ((1, 300), (2, 200), (0, 20))], ids=str
+)
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_fused_path_is_taken_only_where_its_mask_says_the_same(
+    split: Any, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU cuDNN would run; here its stand-in of the same signature does. Packed rows must not reach it."""
+    calls = []
+    original = jax.nn.dot_product_attention
+
+    def stand_in(*arrays: Any, implementation: str, **options: Any) -> Any:
+        assert implementation == "cudnn"
+        calls.append(1)
+        with jax.numpy_dtype_promotion("standard"):  # the stand-in mixes types; cuDNN would not
+            return original(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    length = 520
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, length, heads, 8)), jnp.bfloat16) for heads in (4, 2, 2))
+    ours = where(1, length)
+    given = {}
+    if split:
+        segments = jnp.asarray(np.concatenate([np.full(n, s, np.int32) for s, n in split])[None])
+        positions = jnp.asarray(np.concatenate([np.arange(n, dtype=np.int32) for _, n in split])[None])
+        given = {"q_positions": positions, "k_positions": positions, "q_segments": segments, "k_segments": segments}
+        ours = given
+    got = attention.attend(q, k, v, causal=causal, **given)
+    assert calls
+    expected = reference.attention(q, k, v, **ours, causal=causal)
+    # bfloat16 has 8 bits: weights and output are each rounded once
+    np.testing.assert_allclose(got.astype(jnp.float32), expected.astype(jnp.float32), atol=3e-2)
