@@ -27,11 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from data_pipeline.loader import make_loader
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
+from data_pipeline.loader import make_loader
 from hico_jax import checkpoint, config, losses, metrics, optim
 from hico_jax.batch import Batch
 from hico_jax.config import Experiment
@@ -77,13 +77,14 @@ def train_step(
         step=state.step + 1, trainable=optax.apply_updates(state.trainable, updates), optimizer=moments
     )
     share = optim.schedule(optim_config, settings.num_steps)
-    return new, {
+    numbers = {
         "loss": loss.total / weight,
         "accuracy": loss.correct / jnp.maximum(loss.supervised, 1.0),
         "grad_norm": norm,
         "lr": optim_config.lr * share(state.step),
         "supervised": loss.supervised,
     }
+    return new, {name: jnp.asarray(number) for name, number in numbers.items()}
 
 
 def _accumulate(grad_of: Any, trainable: Any, batch: Batch, parts: int) -> tuple[Any, losses.Loss]:
@@ -383,7 +384,7 @@ def main(argv: Sequence[str]) -> int:
     show = None
     if experiment.train.num_samples and not experiment.model.drop.num_stages and jax.process_count() == 1:
         rows = range(min(experiment.train.num_samples, experiment.data.batch_size))
-        fixed, _ = loader.plan.collate([loader.plan.make(i) for i in rows])
+        fixed = loader.plan.collate([loader.plan.make(i) for i in rows])
         show = samples(fixed, tokenizer.decode, tokenizer.eos_ids)
     with contextlib.closing(loader):
         fit(experiment, loader, decode=tokenizer.decode, evaluate=show)
@@ -391,22 +392,36 @@ def main(argv: Sequence[str]) -> int:
 
 
 def samples(batch: Batch, decode: Callable[[Any], str], eos: tuple[int, ...]) -> Evaluate:
-    """An evaluation that prints what the model says to each row's first question, and counts exact answers."""
-    real = np.where(np.asarray(batch.segments) == 1, np.asarray(batch.weights), 0) > 0
-    asks = np.flatnonzero(real.any(1))
-    starts = real.argmax(1)  # the last token of the prompt
-    lengths = [int((~real[b, starts[b] :]).argmax()) or real.shape[1] - starts[b] for b in asks]
-    wanted = [np.asarray(batch.targets)[b, starts[b] :][:n].tolist() for b, n in zip(asks, lengths, strict=True)]
-    inside = np.arange(real.shape[1]) <= starts[:, None]
-    prompts = jax.tree.map(lambda a: np.asarray(a)[asks], batch.replace(segments=np.where(inside, batch.segments, 0)))
+    """An evaluation that prints what the model says where each row has most to say, and counts exact answers.
+
+    The longest supervised run, not the first: the reference also learns the newlines and marks of the prompt.
+    """
+    targets, slots = np.asarray(batch.targets), np.asarray(batch.slots)
+    said_next = ~np.isin(targets, eos) & np.pad(slots[:, 1:] < 0, ((0, 0), (0, 1)), constant_values=True)
+    supervised = (np.asarray(batch.segments) == 1) & (np.asarray(batch.weights) > 0) & said_next
+    rows = np.flatnonzero(supervised.any(1))
+    runs = [_longest_run(supervised[b]) for b in rows]
+    wanted = [targets[b, run].tolist() for b, run in zip(rows, runs, strict=True)]
+    starts = np.array([run.start for run in runs])
+    prompts = jax.tree.map(lambda a: np.asarray(a)[rows], batch)
+    inside = np.arange(supervised.shape[1]) <= starts[:, None]
+    prompts = dataclasses.replace(prompts, segments=np.where(inside, prompts.segments, 0))
 
     def show(model: Any, step: int) -> dict[str, float]:
-        if not wanted:
-            return {}
-        settings = GenerationConfig(max_new_tokens=max(lengths), eos=eos)
-        said = [ids.tolist()[: len(want)] for ids, want in zip(generate(model, prompts, settings).ids, wanted, strict=True)]
+        settings = GenerationConfig(max_new_tokens=max(map(len, wanted)) + 1, eos=eos)  # and its end
+        said = [_until(ids.tolist(), eos) for ids in generate(model, prompts, settings).ids]
         for ids, want in zip(said, wanted, strict=True):
-            print(f"  step {step}: says {decode(ids)!r}, expected {decode(want)!r}", flush=True)
+            print(f"  step {step}: says {decode(ids).strip()!r}, expected {decode(want).strip()!r}", flush=True)
         return {"exact": sum(a == b for a, b in zip(said, wanted, strict=True)) / len(wanted)}
 
-    return show
+    return show if wanted else lambda model, step: {}
+
+
+def _longest_run(mask: np.ndarray) -> slice:
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
+    first = int(np.argmax(edges[1::2] - edges[::2]))
+    return slice(int(edges[2 * first]), int(edges[2 * first + 1]))
+
+
+def _until(ids: list[int], eos: tuple[int, ...]) -> list[int]:
+    return ids[: next((i for i, token in enumerate(ids) if token in eos), len(ids))]

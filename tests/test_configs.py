@@ -86,7 +86,7 @@ def test_both_rates_of_the_tower_are_reachable() -> None:
     applied = config.freeze(load("stage3_sft", "umt_qwen2_7b"))
     intended = config.freeze(load("stage3_sft", "umt_qwen2_7b,rates=intended"))
     names = ["vision/w", "llm/w"]
-    assert optim.assign(names, applied.optim.rates + ((r"llm/.*", None),)) == {"vision/w": "lr", "llm/w": "lr"}
+    assert optim.assign(names, (*applied.optim.rates, (r"llm/.*", None))) == {"vision/w": "lr", "llm/w": "lr"}
     assert optim.assign(names, intended.optim.rates) == {"vision/w": 2e-6, "llm/w": "lr"}
 
 

@@ -50,7 +50,6 @@ DEFAULTS: dict[str, Any] = {
     "image_aspect_ratio": "anyres_nopad",
     "image_crop_resolution": None,
     "image_split_resolution": None,
-    "initializer_range": 0.02,
     "llm_compress_layer_list": [24],
     "llm_compress_type": "attention",
     "llm_image_token_ratio_list": [1.0, 0.5],
@@ -166,6 +165,7 @@ def to_raw(config: HiCoConfig, raw: Mapping[str, Any] | None = None, *, torch_dt
     select = out.setdefault("mm_vision_select_layer", -2)
     out |= {
         "hidden_size": llm.embed_dim,
+        "initializer_range": llm.init_std,
         "intermediate_size": llm.mlp_dim,
         "max_position_embeddings": llm.max_positions,
         "mm_hidden_size": vision.embed_dim,

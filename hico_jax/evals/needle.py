@@ -53,13 +53,17 @@ class Hidden:
 
 
 def hide(
-    folder: pathlib.Path, seconds: float, depth: float, seed: int, *, cards: int = 1, blank: bool = False
+    folder: pathlib.Path, seconds: float, depth: float, seed: int, *, cards: int = 1, blank: bool = False, split: str = "val"
 ) -> Hidden:
-    """Write one film with its card at `depth` (`cards` of them anywhere); the same arguments write the same film."""
+    """Write one film with its card at `depth` (`cards` of them anywhere); the same arguments write the same film.
+
+    No film of "val" or "test" shares a scene with training; a "test" card also has a pair of colour and shape that
+    training never shows.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    placed = films.needles(seed, seconds, count=cards, depth=depth if cards == 1 else None)
-    name = f"{seconds:g}s_{cards}cards_{depth:.2f}_{seed}{'_blank' if blank else ''}.mp4"
-    film = films.haystack(folder / name, num_seconds=seconds, seed=seed, needles=placed, blank=blank)
+    placed = films.needles(seed, seconds, count=cards, depth=depth if cards == 1 else None, split=split)
+    name = f"{split}_{seconds:g}s_{cards}cards_{depth:.2f}_{seed}{'_blank' if blank else ''}.mp4"
+    film = films.haystack(folder / name, num_seconds=seconds, seed=seed, needles=placed, blank=blank, split=split)
     return Hidden(film, seconds, depth)
 
 
@@ -88,6 +92,7 @@ def haystack(
     depths: Sequence[float],
     repeats: int,
     seed: int = 0,
+    split: str = "val",
     done: Callable[[Sequence[Trial]], None] | None = None,
 ) -> list[Trial]:
     """The grid: `repeats` films for every length in seconds and every depth; all questions about each."""
@@ -95,7 +100,7 @@ def haystack(
     for length in lengths:
         for place, depth in enumerate(depths):
             for i in range(repeats):
-                hidden = hide(folder, length, depth, seed + (length * len(depths) + place) * repeats + i)
+                hidden = hide(folder, length, depth, seed + (length * len(depths) + place) * repeats + i, split=split)
                 trials += ask(viewer, hidden, viewer.watch(hidden.film.path))
                 pathlib.Path(hidden.film.path).unlink()  # a grid of films would fill the disk
                 if done is not None:

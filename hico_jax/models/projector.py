@@ -1,6 +1,9 @@
 """The bridge from merged visual tokens to the language model's width: two linear layers and a GELU.
 
 The reference's `tome16_mlp_hd64` without its merging, which is `models/compress/tome.py`.
+
+In: merged tokens. Out: the same tokens at the language model's width, ready to stand among the text.
+Next: hico_jax/models/llm/qwen2.py
 """
 
 from __future__ import annotations

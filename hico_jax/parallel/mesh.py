@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -27,15 +28,16 @@ class MeshConfig:
     def __post_init__(self) -> None:
         sizes = self.sizes
         if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-            raise ValueError(f"mesh sizes are {dict(zip(AXES, sizes, strict=True))}; each must be positive, at most one -1")
+            named = dict(zip(AXES, sizes, strict=True))
+            raise ValueError(f"mesh sizes are {named}; each must be positive, at most one -1")
 
     @property
     def sizes(self) -> tuple[int, ...]:
         return (self.data, self.fsdp, self.sequence, self.tensor)
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Build the mesh over `devices` (default: all).
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Build the mesh over `devices` (JAX devices; default: all).
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
@@ -47,7 +49,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
     if math.prod(sizes) != len(devices):
         raise ValueError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} devices but there are {len(devices)}. "
-            "Change mesh.data, mesh.fsdp, mesh.sequence or mesh.tensor, or set one of them to -1."
+            f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} devices but there are {len(devices)}; "
+            "change mesh.data, mesh.fsdp, mesh.sequence or mesh.tensor, or set one of them to -1"
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

@@ -28,7 +28,7 @@ class Two(nnx.Module):
 def test_the_first_row_that_matches_the_whole_path_wins() -> None:
     names = ["vision/blocks/w", "projector/first/w", "llm/embedding"]
     table = ((r"vision/.*", 2e-6), (r"llm", None), (r".*", "lr"))
-    with pytest.raises(ValueError, match="row 'llm' .* matches no parameter"):
+    with pytest.raises(ValueError, match=r"row 'llm' .* matches no parameter"):
         optim.assign(names, table)
     found = optim.assign(names, (table[0], (r"llm/.*", None), table[2]))
     assert found == {"vision/blocks/w": 2e-6, "projector/first/w": "lr", "llm/embedding": None}

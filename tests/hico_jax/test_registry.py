@@ -23,7 +23,7 @@ def test_the_released_models_are_the_published_ones() -> None:
 
 
 def test_the_nearest_name_is_suggested() -> None:
-    with pytest.raises(ValueError, match="unknown model 'umt_qwen_7b'; did you mean umt_qwen2_7b?"):
+    with pytest.raises(ValueError, match=r"unknown model 'umt_qwen_7b'; did you mean umt_qwen2_7b\?"):
         registry.model_config("umt_qwen_7b")
 
 

@@ -111,7 +111,8 @@ def test_a_parent_of_other_sizes_is_refused(tmp_path: pathlib.Path, random_start
 def test_released_weights_replace_what_they_hold(golden: Any) -> None:
     folder = golden.folder / "F_umt224_ckpt"
     found = load.load(folder, activations="float32")
-    exp = experiment(model=found.config, init=InitConfig(weights=(str(folder),)), optim=OptimConfig(rates=PROJECTOR_ONLY))
+    weights = InitConfig(weights=(str(folder),))
+    exp = experiment(model=found.config, init=weights, optim=OptimConfig(rates=PROJECTOR_ONLY))
     begun = start.init_state(exp, ONE)
     count = len(checkpoint.flatten(nnx.state(found.model)))
     assert begun.origin == f"{count} arrays of {folder}; others random"

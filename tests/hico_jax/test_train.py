@@ -153,7 +153,8 @@ import test_train
 def kill(position):
     if position == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
-train.fit(test_train.experiment(pathlib.Path(sys.argv[1]), steps=6), test_train.Counter(before=kill), devices=jax.devices()[:1])
+settings = test_train.experiment(pathlib.Path(sys.argv[1]), steps=6)
+train.fit(settings, test_train.Counter(before=kill), devices=jax.devices()[:1])
 """
 
 

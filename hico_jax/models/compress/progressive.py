@@ -6,7 +6,7 @@ shapes are static. Pure functions on arrays; `llm/decoder.py` strings them toget
 visual token, several images, several packed segments.
 
 Never an L x L array: only the rows of attention that belong to a question are formed, one at a time.
-Next: hico_jax/models/llm/qwen2.py
+Next: hico_jax/generate.py
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from hico_jax.models.llm.decoder import Place, Stream
 from hico_jax.parallel.sharding import shard
 from hico_jax.shapes import Array, Bool, Float, Int
 
-INIT_STDDEV = 0.02
 NO_DROP = DropSchedule()
+EMBED_STD = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Qwen2Config:
     norm_eps: float = 1e-6
     tied: bool = False  # the unembedding is the embedding transposed
     max_positions: int = 32768  # positions seen in training; longer rows run, at the user's risk
+    init_std: float = 0.02  # of random matrices; a small model learns sooner from about 1 / sqrt(embed_dim)
     remat: bool = False  # recompute each layer in the backward pass instead of keeping its activations
 
     def __post_init__(self) -> None:
@@ -87,7 +88,12 @@ class Qwen2Config:
             )
         ours = {ours: config[theirs] for theirs, ours in names.items()}
         head_dim = config.get("head_dim") or ours["embed_dim"] // ours["num_heads"]
-        return cls(**ours, head_dim=head_dim, tied=bool(config.get("tie_word_embeddings", False)))
+        return cls(
+            **ours,
+            head_dim=head_dim,
+            tied=bool(config.get("tie_word_embeddings", False)),
+            init_std=float(config.get("initializer_range", 0.02)),
+        )
 
     def build(self, *, rngs: nnx.Rngs) -> Qwen2:
         """The language model with random weights."""
@@ -106,7 +112,8 @@ VARIANTS = {
         tied=True,
     ),
     "nano": Qwen2Config(
-        vocab_size=512, embed_dim=128, mlp_dim=384, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, tied=True
+        vocab_size=512, embed_dim=128, mlp_dim=384, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, tied=True,
+        init_std=0.12,
     ),
     "tiny": Qwen2Config(
         vocab_size=64, embed_dim=32, mlp_dim=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, tied=True
@@ -121,7 +128,7 @@ class Attention(nnx.Module):
         dim, heads, kv_heads, width = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
 
         def weight(shape: tuple[int, ...], *axes: str) -> nnx.Param:
-            return layers.param(layers.normal(rngs, shape, INIT_STDDEV), axes)
+            return layers.param(layers.normal(rngs, shape, config.init_std), axes)
 
         self.wq = weight((dim, heads, width), "embed", "heads", "head_dim")
         self.wk = weight((dim, kv_heads, width), "embed", "kv_heads", "head_dim")
@@ -155,9 +162,9 @@ class MLP(nnx.Module):
 
     def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs) -> None:
         inward, outward = (config.embed_dim, config.mlp_dim), (config.mlp_dim, config.embed_dim)
-        self.gate = layers.param(layers.normal(rngs, inward, INIT_STDDEV), ("embed", "mlp"))
-        self.up = layers.param(layers.normal(rngs, inward, INIT_STDDEV), ("embed", "mlp"))
-        self.down = layers.param(layers.normal(rngs, outward, INIT_STDDEV), ("mlp", "embed"))
+        self.gate = layers.param(layers.normal(rngs, inward, config.init_std), ("embed", "mlp"))
+        self.up = layers.param(layers.normal(rngs, inward, config.init_std), ("embed", "mlp"))
+        self.down = layers.param(layers.normal(rngs, outward, config.init_std), ("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
@@ -208,11 +215,11 @@ class Qwen2(nnx.Module):
     def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs) -> None:
         self.config = config
         size = (config.vocab_size, config.embed_dim)
-        self.embedding = layers.param(layers.normal(rngs, size, INIT_STDDEV), ("vocab", "embed"))
+        self.embedding = layers.param(layers.normal(rngs, size, EMBED_STD), ("vocab", "embed"))
         self.blocks = layers.stack(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs)
         self.norm = layers.RMSNorm(config.embed_dim, eps=config.norm_eps)
         self.unembedding = (
-            None if config.tied else layers.param(layers.normal(rngs, size[::-1], INIT_STDDEV), ("embed", "vocab"))
+            None if config.tied else layers.param(layers.normal(rngs, size[::-1], EMBED_STD), ("embed", "vocab"))
         )
 
     def __call__(

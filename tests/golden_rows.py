@@ -1,0 +1,87 @@
+"""Recorded cases of whole models (group F) as batches of our own host code, and parameters under their torch names."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from data_pipeline import layout
+from hico_jax import checkpoint
+from hico_jax.batch import Batch, Geometry
+from hico_jax.convert import load
+
+
+def media_of(case: dict[str, Any], pixels: dict[str, np.ndarray]) -> list[tuple[str, Any, np.ndarray]]:
+    """Modality, image size and uint8 frames `[T height width 3]` of every entry of a case's media."""
+    found = []
+    for entry in case["config"]["media"]:
+        if entry["tensor"] == "zeros":
+            frames = np.full((1, 224, 224, 3), 128, np.uint8)
+        else:
+            array = pixels[entry["tensor"]][_slice(entry["slice"].split(" ")[0])]
+            frames = np.moveaxis(array.reshape(-1, *array.shape[-3:]), 1, -1)
+        found.append((entry["modality"], entry["image_size"], frames))
+    return found
+
+
+def _slice(text: str) -> slice:
+    first, _, last = text.strip("[]").partition(":")
+    return slice(int(first), int(last) if last else int(first) + 1)
+
+
+def rows_of(golden: Any, name: str, geometry: Geometry) -> list[layout.Row]:
+    """The rows of a recorded case, laid out by our own host code. A prompt has no labels."""
+    case = golden.case("F_full", name)
+    tensors, media = golden.tensors(case["file"]), media_of(case, golden.tensors("pixels.safetensors"))
+    rows = []
+    for b, ids in enumerate(tensors["input_ids"]):
+        real = tensors["attention_mask"][b].astype(bool) if "attention_mask" in tensors else np.ones(len(ids), bool)
+        ids, labels = ids[real], tensors["labels"][b][real] if "labels" in tensors else None
+        mine = [media.pop(0) for _ in range(max(1, int((ids < 0).sum())))]  # a text row has one that it does not use
+        mine = [m for m in mine if m[0] != "text"]
+        clips = [m[2].reshape(-1, 4, 224, 224, 3) for m in mine if m[0] == "video"]
+        tiles = [m[2] for m in mine if m[0] == "image"]
+        rows.append(
+            layout.row(
+                ids.tolist(), None if labels is None else labels.tolist(), [_visual(m, geometry) for m in mine], geometry,
+                clips=np.concatenate(clips) if clips else None, tiles=np.concatenate(tiles) if tiles else None,
+            )
+        )  # fmt: skip
+    assert not media
+    return rows
+
+
+def batch_of(golden: Any, name: str, geometry: Geometry, **shape: Any) -> Batch:
+    """A recorded case as one batch with its float pixels; `shape` goes to `layout.collate`."""
+    batch = layout.collate(rows_of(golden, name, geometry), geometry, **shape)
+    values = {name: (getattr(batch, name).astype(np.float32) - 128) / 64 for name in ("clips", "images")}
+    return dataclasses.replace(batch, **values)
+
+
+def _visual(entry: tuple[str, Any, np.ndarray], geometry: Geometry) -> layout.Visual:
+    modality, size, frames = entry
+    if modality == "video":
+        return layout.Visual.film(len(frames), geometry)
+    if len(frames) == 1:
+        return layout.Visual.picture(1)
+    across, down = round(size[0] / 224), round(size[1] / 224)
+    return layout.Visual.picture(len(frames), (down, across))
+
+
+def torch_tensors(model: Any) -> dict[str, np.ndarray]:
+    """A model's parameters, or their gradients, under the reference's names."""
+    config = model.config
+    arrays = checkpoint.flatten(nnx.state(model))
+    out: dict[str, np.ndarray] = {}
+    for rule in load.rules(config):
+        if rule.path not in arrays:
+            continue
+        array = np.asarray(arrays[rule.path])
+        sizes = config.llm.torch_sizes if rule.path.startswith("llm/") else {"H": config.vision.num_heads}
+        for i in range(array.shape[0] if rule.stacked else 1):
+            source = array[i] if rule.stacked else array
+            out[rule.torch.replace("{i}", str(i))] = rule.to_torch(source, sizes)
+    return out
