@@ -23,7 +23,11 @@ from hico_jax.config import (
 TOYS = ("nano", "nano_hd", "tiny")
 
 # Reads what `hico world` writes; small enough for a laptop's CPU.
-TOY_DATA = {"batch_size": 24, "min_frames": 4, "max_frames": 8, "image_aspect": "square", "worker_count": 0}
+TOY_DATA = {
+    "batch_size": 24, "min_frames": 4, "max_frames": 12, "image_aspect": "square", "worker_count": 0, "num_epochs": 0,
+    "group_by_modality_length": False, "length_step": 16, "cache_mb": 512,
+}  # fmt: skip
+TOY_OPTIM = {"accumulate": 1, "loss_average": "tokens", "beta2": 0.95}
 
 # The reference's script gives the tower 2e-6, but DeepSpeed's own optimizer block makes one flat group of all
 # parameters, so the released weights were trained with every part at 1e-5. `applied` is what happened and
@@ -91,6 +95,7 @@ def experiment(
     if is_toy:
         sections = {name: {**values, **toy.get(name, {})} for name, values in sections.items()}
         sections["data"] = {**sections["data"], **TOY_DATA, **toy.get("data", {})}
+        sections["optim"] = {**sections["optim"], **TOY_OPTIM, **toy.get("optim", {})}
     model = registry.model_config(variant)
     if not is_toy:
         model = dataclasses.replace(

@@ -39,9 +39,9 @@ def get_config(arg: str = "umt_qwen2_7b") -> common.ConfigDict:
         train={"steps": None},
         checkpoint={"every": 500, "keep": 2},
         toy={
-            "data": {"max_frames": 4, "max_length": 0, "num_epochs": 0},
-            "optim": {"lr": 2e-3, "accumulate": 1, "loss_average": "tokens"},
-            "train": {"steps": 30},
+            "data": {"max_frames": 4, "max_length": 0},
+            "optim": {"lr": 2e-3},
+            "train": {"steps": 20},
             "checkpoint": {"every": 100},
         },
     )

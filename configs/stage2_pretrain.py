@@ -35,9 +35,8 @@ def get_config(arg: str = "umt_qwen2_7b") -> common.ConfigDict:
         train={"steps": None},
         checkpoint={"every": 1000, "keep": 2},
         toy={
-            "data": {"num_epochs": 0},
-            "optim": {"lr": 2e-3, "accumulate": 1},
-            "train": {"steps": 400},
+            "optim": {"lr": 1e-3},
+            "train": {"steps": 120},
             "checkpoint": {"every": 100},
         },
     )

@@ -36,9 +36,9 @@ def get_config(arg: str = "umt_qwen2_7b") -> common.ConfigDict:
         train={"steps": None},
         checkpoint={"every": 500, "keep": 2},
         toy={
-            "data": {"num_epochs": 0},
-            "optim": {"lr": 1e-3, "accumulate": 1},
+            "data": {"position_skip": 8192},
+            "optim": {"lr": 1e-3},
             "train": {"steps": 250},
-            "checkpoint": {"every": 100},
+            "checkpoint": {"every": 50},
         },
     )

@@ -39,9 +39,9 @@ def get_config(arg: str = "umt_hd_qwen2_7b") -> common.ConfigDict:
         train={"steps": None},
         checkpoint={"every": 500, "keep": 2},
         toy={
-            "data": {"num_epochs": 0},
-            "optim": {"lr": 1e-3, "accumulate": 1},
-            "train": {"steps": 60},
+            "data": {"position_skip": 8192},
+            "optim": {"lr": 5e-4},
+            "train": {"steps": 40},
             "checkpoint": {"every": 100},
         },
     )

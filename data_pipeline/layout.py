@@ -67,8 +67,8 @@ class Row:
 
 
 def row(
-    ids: Sequence[int],
-    labels: Sequence[int] | None,
+    ids: Sequence[int] | ndarray,
+    labels: Sequence[int] | ndarray | None,
     visuals: Sequence[Visual],
     geometry: Geometry,
     *,

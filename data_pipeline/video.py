@@ -221,7 +221,9 @@ def write_video(
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    settings = {"crf": str(crf), "preset": preset} | ({"g": str(gop)} if gop else {}) | dict(options or {})
+    # x264's macroblock tree reads memory that it has not written: with it, the same frames sometimes give other bytes.
+    settings = {"crf": str(crf), "preset": preset, "mbtree": "0"}
+    settings |= ({"g": str(gop)} if gop else {}) | dict(options or {})
     try:
         with guard(os.fspath(path), "writing"):
             _encode(part, frames, fractions.Fraction(fps).limit_denominator(1001), settings)

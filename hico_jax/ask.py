@@ -14,10 +14,10 @@ import pathlib
 import sys
 import time
 
-from data_pipeline.frames import Sampling
-from data_pipeline.tokenizer import load_tokenizer
 from flax import nnx
 
+from data_pipeline.frames import Sampling
+from data_pipeline.tokenizer import load_tokenizer
 from hico_jax import checkpoint, config, film
 from hico_jax.batch import DropSchedule
 from hico_jax.convert import load
@@ -64,7 +64,8 @@ def main(args: argparse.Namespace) -> int:
         out = {
             "video": args.video, "model": folder, "load_s": round(load_s, 3),
             "answers": [
-                {"question": q, "answer": a.text, **film.timings(seen, a)} for q, a in zip(args.questions, answers, strict=True)
+                {"question": question, "answer": answer.text, **film.timings(seen, answer)}
+                for question, answer in zip(args.questions, answers, strict=True)
             ],
         }  # fmt: skip
         print(json.dumps(out, indent=2, ensure_ascii=False))
@@ -74,8 +75,9 @@ def main(args: argparse.Namespace) -> int:
     took = film.timings(seen, answers[-1])
     kept = f" -> {' -> '.join(map(str, took['kept']))} kept" if took["kept"] else ""
     print(
-        f"{took['frames']} frames of {took['film_s']:g} s; {took['visual_tokens']} visual tokens{kept}; load {load_s:.1f} s, "
-        f"read {took['read_s']:.1f} s, encode {took['encode_s']:.1f} s, answer {took['answer_s']:.1f} s",
+        f"{took['frames']} frames of {took['film_s']:g} s; {took['visual_tokens']} visual tokens{kept}; "
+        f"load {load_s:.1f} s, read {took['read_s']:.1f} s, encode {took['encode_s']:.1f} s, "
+        f"answer {took['answer_s']:.1f} s",
         file=sys.stderr,
     )
     return 0
@@ -118,5 +120,3 @@ def whole_clips(sampling: Sampling, model: HiCo) -> Sampling:
         raise ValueError(f"--max-frames {sampling.max_frames} is less than one clip of {frames} frames")
     least = min(sampling.min_frames, most) if most else sampling.min_frames
     return dataclasses.replace(sampling, max_frames=most, min_frames=least // frames * frames)
-
-

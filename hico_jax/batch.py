@@ -44,7 +44,8 @@ class DropSchedule:
             raise ValueError(f"drop.layers is {self.layers}; give increasing layer counts, the first at least 1")
         if len(self.ratios) != len(self.layers) + 1 or self.ratios[0] != 1.0:
             raise ValueError(
-                f"drop.ratios is {self.ratios} for {len(self.layers)} layers; give one more ratio than layers, the first 1.0"
+                f"drop.ratios is {self.ratios} for {len(self.layers)} layers; give one more ratio than layers, "
+                "the first 1.0"
             )
         if any(b > a or b < 0 for a, b in zip(self.ratios, self.ratios[1:], strict=False)):
             raise ValueError(f"drop.ratios is {self.ratios}; ratios must not rise and must lie in [0, 1]")
@@ -56,8 +57,8 @@ class DropSchedule:
     @property
     def num_uniform(self) -> int:
         """How many of the first stages choose evenly; the rest choose by attention."""
-        fixed = {"none": 0, "uniform": self.num_stages, "attention": 0, "uniform0_attention": 1, "uniform1_attention": 2}
-        return min(fixed[self.kind], self.num_stages)
+        fixed = {"uniform": self.num_stages, "uniform0_attention": 1, "uniform1_attention": 2}
+        return min(fixed.get(self.kind, 0), self.num_stages)
 
     def kept(self, num_visual: int) -> tuple[int, ...]:
         """Visual tokens alive after each stage: `int(N * ratio)` in Python floats, as the reference counts.
@@ -123,7 +124,14 @@ class Batch:
 
     @classmethod
     def fake(
-        cls, geometry: Geometry, *, rows: int = 2, clips: int = 2, images: int = 0, text: int = 12, vocab: int = 64,
+        cls,
+        geometry: Geometry,
+        *,
+        rows: int = 2,
+        clips: int = 2,
+        images: int = 0,
+        text: int = 12,
+        vocab: int = 64,
         seed: int = 0,
     ) -> Batch:
         """A well-formed random batch for tests: four text tokens, the visual tokens, then the other text.

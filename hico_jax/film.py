@@ -16,11 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from data_pipeline import chat, layout, video
 from data_pipeline.buckets import ladder
 from data_pipeline.frames import Sampling, time_message
 from data_pipeline.tokenizer import Tokenizer
-
 from hico_jax import generate
 from hico_jax.batch import Batch
 from hico_jax.generate import GenerationConfig
@@ -135,8 +135,8 @@ class Viewer:
         tokens = clips * self.geometry.tokens_per_clip
         if tokens >= self.geometry.max_length:
             raise ValueError(
-                f"{os.fspath(path)}: {clips * self.geometry.frames_per_clip} frames make {tokens} visual tokens but the "
-                f"model has room for {self.geometry.max_length}; ask for fewer frames with --max-frames"
+                f"{os.fspath(path)}: {clips * self.geometry.frames_per_clip} frames make {tokens} visual tokens but "
+                f"the model has room for {self.geometry.max_length}; ask for fewer frames with --max-frames"
             )
 
     def ask(
@@ -170,9 +170,13 @@ class Viewer:
             visual = int((row.slots >= 0).sum())
             answers.append(
                 Answer(
-                    text=chat.clean_answer(self.tokenizer, ids), ids=tuple(ids), prompt_tokens=len(row),
-                    visual_tokens=visual, kept=self.geometry.drop.kept(visual), seconds=seconds / len(rows),
-                )  # fmt: skip
+                    text=chat.clean_answer(self.tokenizer, ids),
+                    ids=tuple(ids),
+                    prompt_tokens=len(row),
+                    visual_tokens=visual,
+                    kept=self.geometry.drop.kept(visual),
+                    seconds=seconds / len(rows),
+                )
             )
         return answers
 
@@ -189,9 +193,7 @@ class Viewer:
             turns = [asked, *history[1:], {"role": "user", "content": question}] if history else [asked]
         return layout.row(chat.prompt_ids(self.tokenizer, turns), None, visuals, self.geometry)
 
-    def prompt(
-        self, rows: Sequence[layout.Row], films: Sequence[Film | None]
-    ) -> tuple[Batch, Float[Array, "B S D"]]:
+    def prompt(self, rows: Sequence[layout.Row], films: Sequence[Film | None]) -> tuple[Batch, Float[Array, "B S D"]]:
         """Rows and visual tokens padded to a few shapes, so that one compilation serves many questions."""
         length = min(ladder(max(map(len, rows)), 64), self.geometry.max_length)
         num_clips = max((ladder(f.num_clips, 4) for f in films if f is not None), default=0)

@@ -61,9 +61,7 @@ class Generated(NamedTuple):
     lengths: Int[ndarray, " B"]  # tokens of each row, its end token included
 
 
-def generate(
-    model: HiCo, prompt: Batch | tuple[Batch, Float[Array, "B S D"]], config: GenerationConfig
-) -> Generated:
+def generate(model: HiCo, prompt: Batch | tuple[Batch, Float[Array, "B S D"]], config: GenerationConfig) -> Generated:
     """Continue every row of `prompt`.
 
     Visual tokens given beside the batch (`HiCo.encode` of the same clips, which may be left empty) are not encoded

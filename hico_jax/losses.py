@@ -82,9 +82,7 @@ def _chunk_loss(
     )
 
 
-def balance(
-    weights: Float[Array, "B L"], segments: Int[Array, "B L"], average: str
-) -> Float[Array, "B L"]:
+def balance(weights: Float[Array, "B L"], segments: Int[Array, "B L"], average: str) -> Float[Array, "B L"]:
     """Scale the weights so that dividing the step's total by its weight gives the average that is asked for.
 
     `tokens`: every supervised token of the step counts the same. `micro_batch`: every micro-batch does, as

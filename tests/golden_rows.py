@@ -46,7 +46,7 @@ def rows_of(golden: Any, name: str, geometry: Geometry) -> list[layout.Row]:
         tiles = [m[2] for m in mine if m[0] == "image"]
         rows.append(
             layout.row(
-                ids.tolist(), None if labels is None else labels.tolist(), [_visual(m, geometry) for m in mine], geometry,
+                ids, labels, [_visual(m, geometry) for m in mine], geometry,
                 clips=np.concatenate(clips) if clips else None, tiles=np.concatenate(tiles) if tiles else None,
             )
         )  # fmt: skip

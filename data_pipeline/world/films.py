@@ -20,15 +20,13 @@ from data_pipeline.world.questions import KINDS, Question, ask_all, multiple_cho
 from data_pipeline.world.recipes import Dice, Look
 from data_pipeline.world.scene import Card, Scene
 
-# x264's macroblock tree reads memory it has not written: with it, the same frames sometimes give other bytes.
-_ENCODER = {"mbtree": "0"}
 # Scene indices of films, far above those of any world's videos.
 _FILMS = 1 << 31
 
 
 def write_scene(path: str | os.PathLike[str], scene: Scene) -> None:
     """Draw and encode a scene, frame by frame, so that memory does not grow with its length."""
-    write_video(path, render(scene), scene.fps, options=_ENCODER)
+    write_video(path, render(scene), scene.fps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +51,15 @@ class Film:
 
 
 def needles(
-    seed: int, num_seconds: float, *, count: int = 1, depth: float | None = None, seconds: float = 4.0,
-    fps: float = 1.0, contents: Sequence[str] | None = None, split: str = "test",
+    seed: int,
+    num_seconds: float,
+    *,
+    count: int = 1,
+    depth: float | None = None,
+    seconds: float = 4.0,
+    fps: float = 1.0,
+    contents: Sequence[str] | None = None,
+    split: str = "test",
 ) -> tuple[Needle, ...]:
     """Random needles of different colours; split "test" takes held-out pairs, "val" pairs that training shows.
 
@@ -83,8 +88,15 @@ def needles(
 
 
 def haystack(
-    path: str | os.PathLike[str], *, num_seconds: float, seed: int, needles: Sequence[Needle] = (), fps: float = 1.0,
-    px: int = 96, blank: bool = False, split: str = "test",
+    path: str | os.PathLike[str],
+    *,
+    num_seconds: float,
+    seed: int,
+    needles: Sequence[Needle] = (),
+    fps: float = 1.0,
+    px: int = 96,
+    blank: bool = False,
+    split: str = "test",
 ) -> Film:
     """Write one long film with needles in it; `blank` leaves them out but keeps the questions, as a control.
 

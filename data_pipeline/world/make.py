@@ -3,7 +3,8 @@
     videos/  images/      the media
     *.json  *.jsonl       annotations in the reference's format (conversations of human and gpt turns)
     stage{1,2,3,4}.yaml   which annotations each stage reads; paths are relative to the YAML file
-    short.yaml            the questions about short films alone
+    {images,short,long}.yaml  questions about images, short films, long films alone
+    tokenizer.json        a small byte-level BPE that knows this world's words
     val*.json test*.json  one question an item about scenes training never shows, with its kind and answer
     settings.json         what is being made; written first
     scenes.jsonl          ground truth of every video
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_pipeline.tokenizer import train_bpe
 from data_pipeline.world import draw, texts
 from data_pipeline.world.films import write_scene
 from data_pipeline.world.presets import PRESETS, Preset
@@ -33,6 +35,7 @@ from data_pipeline.world.questions import Question, ask, choose, conversation
 from data_pipeline.world.recipes import SPLITS, Look, held_out, make_scene
 from data_pipeline.world.scene import COLOURS, SHAPES, Scene
 
+VOCABULARY = 512  # of the tokenizer, at most; as many rows as the embedding of `nano` has
 VERSION = 1  # raise when the same settings would give another world
 Progress = Callable[[int, int], None]
 
@@ -50,7 +53,11 @@ class Media:
 
 
 def make_world(
-    folder: str | os.PathLike[str], *, preset: str | Preset = "nano", seed: int = 0, progress: Progress | None = None,
+    folder: str | os.PathLike[str],
+    *,
+    preset: str | Preset = "nano",
+    seed: int = 0,
+    progress: Progress | None = None,
     workers: int | None = None,
 ) -> dict[str, Any]:
     """Make the world in `folder` and return the contents of its `world.json`.
@@ -86,6 +93,7 @@ def make_world(
         _write(root / name, "".join(_json(i, None) for i in items) if name.endswith("l") else _json(items))
     for name, datasets in _stages(files).items():
         _write(root / name, datasets)
+    train_bpe(texts.corpus(preset), VOCABULARY).save(root)
     _write(root / "scenes.jsonl", "".join(_json({"path": m.path, **m.scene.describe()}, None) for m in media))
     world = {
         **settings,
@@ -196,6 +204,9 @@ def _stages(files: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
         ),
         # Short films only: four to twelve frames a row, what a small model learns from on two cores.
         "short.yaml": (("stage3_short.json", "all"),),
+        # One kind each, so that every batch has one shape and a small model meets the easy things first.
+        "images.yaml": (("stage2_images.json", "all"),),
+        "long.yaml": (("stage3_long.jsonl", "all"),),
         "stage4.yaml": (("stage3_short.json", "end:50%"), ("stage3_long.jsonl", "all")),
     }  # fmt: skip
     out = {}

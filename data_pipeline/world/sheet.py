@@ -14,7 +14,11 @@ from hico_jax.shapes import UInt8, ndarray
 
 
 def contact_sheet(
-    frames: Sequence[UInt8[ndarray, "height width 3"]], captions: Sequence[str], *, columns: int = 8, px: int = 96,
+    frames: Sequence[UInt8[ndarray, "height width 3"]] | UInt8[ndarray, "T height width 3"],
+    captions: Sequence[str],
+    *,
+    columns: int = 8,
+    px: int = 96,
     marked: Sequence[int] = (),
 ) -> Image.Image:
     """Frames in rows of `columns`, captions below, a bright border around the `marked` ones.

@@ -32,7 +32,7 @@ from hico_jax.report import progress
 
 # Any length: one frame a second of our one-frame-a-second films is every frame. Eight is the inference multiple.
 WHOLE = Sampling("dynamic_fps1", 64, 0, 8)
-SEEDS = {"ask": 1, "needle": 10_000, "compression": 20_000, "merge": 30_000, "controls": 40_000, "export": 50_000}
+SEEDS = {"ask": 1, "needle": 10_000, "compression": 20_000, "merge": 30_000, "controls": 40_000, "export": 50_000, "unseen": 60_000}
 SWITCH = DropSchedule("attention", (2,), (1.0, 0.25))  # what the strip along the film shows
 
 
@@ -121,8 +121,15 @@ def needle_grid(out: pathlib.Path, plan: Plan, seed: int) -> dict[str, Any]:
             v, out / "films", lengths=plan.lengths, depths=plan.depths, repeats=plan.repeats,
             seed=seed + SEEDS["needle"], done=lambda so_far: tick(len(so_far) // 2, total),
         )  # fmt: skip
-    (out / "films").rmdir()
+    folder, first = out / "films", seed + SEEDS["unseen"]
+    unseen: list[needle.Trial] = []
+    for i, depth in enumerate(np.random.default_rng(first).uniform(size=plan.unseen_films)):
+        hidden = needle.hide(folder, plan.control_s, float(depth), first + i, split="test")
+        unseen += needle.ask(v, hidden, v.watch(hidden.film.path))
+        pathlib.Path(hidden.film.path).unlink()
+    folder.rmdir()
     return {
+        "unseen": {"by_kind": by_kind(unseen), "total": summary(unseen), "seconds": plan.control_s},
         "lengths": list(plan.lengths), "depths": list(plan.depths), "grid": needle.grid(trials, plan.lengths, plan.depths),
         "by_kind": by_kind(trials), "total": summary(trials), "trials": records(trials),
     }  # fmt: skip

@@ -1,4 +1,12 @@
-"""How large the demo is. Data, not code."""
+"""How large the demo is. Data, not code.
+
+The four stages of the recipe in miniature, short before long: a caption for every picture with the projector alone, then
+questions about pictures, about short films, about longer ones, and last a higher resolution. Every batch of a stage has
+one shape, so each stage is compiled once.
+
+In: nothing. Out: `FULL` and `QUICK`.
+Next: hico_jax/demo/training.py
+"""
 
 from __future__ import annotations
 
@@ -7,7 +15,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One training stage: a file of configs/, what is read, and what is tuned."""
+    """One training run: a file of configs/, what is read, and what is tuned."""
 
     name: str
     config: str  # configs/NAME.py
@@ -31,7 +39,63 @@ class Plan:
     repeats: int  # films of each length and depth; each is asked two questions
     compare_s: int  # films that measure video-level compression
     compare_films: int
-    merge_s: int  # films that measure clip-level merging on and off
+    merge_s: int  # films that measure clip-level merging on and off, and the export
     merge_films: int
     control_s: int  # films of the negative controls
     control_films: int
+    unseen_films: int  # films whose card has a pair of colour and shape that training never showed
+
+
+def _shape(length: int, clips: int, tiles: int) -> tuple[str, ...]:
+    """One shape for every batch: tokens of a row, clips of four frames, image tiles."""
+    return (f"data.length_buckets=({length},)", f"data.clip_buckets=({clips},)", f"data.tile_buckets=({tiles},)")
+
+
+def _stages(pictures: int, short: int, long: int, high: int, kill_at: int) -> tuple[Stage, ...]:
+    return (
+        Stage("stage1", "stage1_align", "stage1.yaml", 20, _shape(48, 1, 1)),
+        Stage("stage2", "stage2_pretrain", "images.yaml", pictures, _shape(112, 0, 1)),
+        Stage("stage3", "stage3_sft", "short.yaml", short, _shape(160, 3, 0), kill_at),
+        Stage(
+            "stage3_long", "stage3_sft", "long.yaml", long,
+            ("data.batch_size=8", "data.max_frames=64", "optim.lr=3e-4", *_shape(384, 16, 0)),
+        ),
+        Stage("stage4", "stage4_highres", "short.yaml", high, ("data.batch_size=16", *_shape(160, 3, 0))),
+    )  # fmt: skip
+
+
+FULL = Plan(
+    name="full",
+    promise="no weights, no accelerator, about ten minutes on two cores",
+    preset="nano",
+    stages=_stages(pictures=120, short=250, long=40, high=30, kill_at=115),
+    film_s=1200,
+    lengths=(64, 128, 256, 512, 1024),
+    depths=(0.0, 0.25, 0.5, 0.75, 1.0),
+    repeats=2,
+    compare_s=256,
+    compare_films=16,
+    merge_s=64,
+    merge_films=12,
+    control_s=128,
+    control_films=16,
+    unseen_films=12,
+)
+
+QUICK = Plan(
+    name="quick",
+    promise="no weights, no accelerator, about three minutes on two cores; the full demo scores higher",
+    preset="quick",
+    stages=_stages(pictures=80, short=60, long=12, high=6, kill_at=55),
+    film_s=1024,
+    lengths=(64, 256, 1024),
+    depths=(0.0, 0.5, 1.0),
+    repeats=1,
+    compare_s=128,
+    compare_films=4,
+    merge_s=64,
+    merge_films=4,
+    control_s=64,
+    control_films=4,
+    unseen_films=4,
+)

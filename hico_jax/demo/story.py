@@ -72,8 +72,8 @@ def asked(found: Results) -> page.Section:
     return {
         "title": f"A film of {found['frames']:,} frames",
         "text": (
-            f"One card, a {found['card']}, shows for {found['card_s'][1] - start:g} of {found['film_s']:,.0f} seconds. The pair of "
-            f"colour and shape was never shown in training. Watching took {found['read_s'] + found['encode_s']:.1f} s."
+            f"One card, a {found['card']}, shows for {found['card_s'][1] - start:g} of {found['film_s']:,.0f} seconds. No frame of it was seen "
+            f"in training. Watching took {found['read_s'] + found['encode_s']:.1f} s."
         ),
         "blocks": [
             {"kind": "image", "src": "film.png", "alt": "Frames along the film; the card is framed in red.", "caption": "Frames along the film; the card is framed in red."},
@@ -137,7 +137,7 @@ def heatmap(found: Results) -> page.Section:
                 "caption": f"{total['right']} of {total['asked']} right: {percent(total['share'])} (95 % interval "
                 f"{percent(total['low'])} to {percent(total['high'])}).",
             },
-            kinds_table({"needle": found}),
+            kinds_table(found),
         ],
     }  # fmt: skip
 
@@ -242,13 +242,17 @@ def kinds(rows: Sequence[Results]) -> list[str]:
     return list(rows[0]["by_kind"])
 
 
-def kinds_table(found: Mapping[str, Results]) -> page.Table:
-    """Right answers by kind of question."""
-    rows = [
-        [kind.replace("_", " "), r["asked"], percent(r["share"]), f"{percent(r['low'])} to {percent(r['high'])}", percent(measure.chance(kind))]
-        for result in found.values() for kind, r in result["by_kind"].items()
-    ]  # fmt: skip
-    return {"kind": "table", "columns": ["question", "asked", "right", "95 % interval", "chance"], "rows": rows}
+def kinds_table(found: Results) -> page.Table:
+    """Right answers by kind of question, for cards like those of training and for pairs it never showed."""
+    rows = []
+    for where, result in (("", found), (f", unseen pair ({found['unseen']['seconds']} s)", found["unseen"])):
+        for kind, r in result["by_kind"].items():
+            between = f"{percent(r['low'])} to {percent(r['high'])}"
+            rows.append([kind.replace("_", " ") + where, r["asked"], percent(r["share"]), between, percent(measure.chance(kind))])
+    return {
+        "kind": "table", "columns": ["question", "asked", "right", "95 % interval", "chance"], "rows": rows,
+        "caption": "An unseen pair is a colour and a shape that training showed often, but never together.",
+    }  # fmt: skip
 
 
 def smooth(values: Sequence[float], width: int = 9) -> list[float]:

@@ -28,10 +28,12 @@ def param(value: jax.Array, axes: Axes) -> nnx.Param:
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> jax.Array:
+    """Random numbers of a normal distribution, in float32."""
     return jax.random.normal(rngs.params(), shape, jnp.float32) * stddev
 
 
 def xavier_uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, fan_out: int) -> jax.Array:
+    """Random numbers between bounds that keep the variance through a layer (Glorot), in float32."""
     bound = math.sqrt(6 / (fan_in + fan_out))
     return jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
 
@@ -94,7 +96,7 @@ class RMSNorm(nnx.Module):
         return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
-def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def gelu(x: Float[Array, "*lead"]) -> Float[Array, "*lead"]:
     """The exact (erf) form; the tanh approximation is not what the checkpoints were trained with."""
     return jax.nn.gelu(x, approximate=False)
 

@@ -49,7 +49,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
     if math.prod(sizes) != len(devices):
         raise ValueError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} devices but there are {len(devices)}; "
-            "change mesh.data, mesh.fsdp, mesh.sequence or mesh.tensor, or set one of them to -1"
+            f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} devices but there are "
+            f"{len(devices)}; change mesh.data, mesh.fsdp, mesh.sequence or mesh.tensor, or set one of them to -1"
         )
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

@@ -1,18 +1,27 @@
-"""Language models filled with recorded weights, and drop plans made the slow way."""
+"""Language models filled with recorded weights, drop plans made the slow way, and a tiny model to ask about a film."""
 
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from data_pipeline import video
+from data_pipeline.frames import Sampling
+from data_pipeline.tokenizer import Tokenizer, train_bpe
+from data_pipeline.world.texts import corpus
+from hico_jax import registry
 from hico_jax.batch import DropPlan, DropSchedule
+from hico_jax.film import Viewer
+from hico_jax.models.hico import HiCo
 from hico_jax.models.llm import qwen2
 from hico_jax.models.llm.decoder import Stream
 
@@ -106,3 +115,41 @@ def plan_by_hand(stream: Stream, schedule: DropSchedule, *, training: bool, marg
 @pytest.fixture(scope="session")
 def make_plan() -> Callable[..., DropPlan]:
     return plan_by_hand
+
+
+@pytest.fixture(scope="session")
+def asked_model() -> HiCo:
+    """A tiny whole model whose vocabulary holds every byte, filled with random numbers: no initializer is compiled.
+
+    They are large enough for its answers to depend on the question and on the film.
+    """
+    config = registry.model_config("tiny")
+    config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab_size=512))
+    graph, state = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+
+    def value(keys: Any, leaf: Any) -> Any:
+        if any(getattr(key, "key", None) == "scale" for key in keys):  # of a norm
+            return jnp.ones(leaf.shape)
+        return jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32)
+
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(value, state))
+
+
+@pytest.fixture(scope="session")
+def words() -> Tokenizer:
+    return train_bpe(corpus(), 400)
+
+
+@pytest.fixture
+def viewer(asked_model: HiCo, words: Tokenizer) -> Viewer:
+    """Sees at most sixteen frames, two clips at a time."""
+    return Viewer(asked_model, words, sampling=Sampling("dynamic_fps1", 8, 16, 4), clips_per_step=2)
+
+
+@pytest.fixture(scope="session")
+def noise_film(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Twelve seconds of one frame each; no two frames are alike."""
+    colours = np.random.default_rng(1).integers(0, 256, (12, 4, 4, 3), dtype=np.uint8)
+    frames = colours.repeat(16, 1).repeat(16, 2)
+    return video.write_video(tmp_path_factory.mktemp("noise") / "film.mp4", frames, 1.0)

@@ -32,9 +32,7 @@ def renumber(segments: Int[Array, "B L"]) -> Int[Array, "B L"]:
     return jnp.where(segments != 0, index - starts(segments), 0)
 
 
-def queries(
-    segments: Int[Array, "B L"], labelled: Bool[Array, "B L"] | None, num_queries: int
-) -> Bool[Array, "B L"]:
+def queries(segments: Int[Array, "B L"], labelled: Bool[Array, "B L"] | None, num_queries: int) -> Bool[Array, "B L"]:
     """Which tokens ask: in training those right before an answer, in generation the last of each segment.
 
     A training query is a token that is no target itself while the next one is. The reference looks the neighbour

@@ -173,8 +173,14 @@ def decode(
         place = Place(*angles(group.position[:, None]), group.position[:, None], cache.segment[:, None])
         visible = segments == cache.segment[:, None]
 
-        def step(i: Array, carry: tuple[Array, Array, Array], first: int = first, place: Place = place,
-                 offset: Array = offset, visible: Array = visible) -> tuple[Array, Array, Array]:
+        def step(
+            i: Array,
+            carry: tuple[Array, Array, Array],
+            first: int = first,
+            place: Place = place,
+            offset: Array = offset,
+            visible: Array = visible,
+        ) -> tuple[Array, Array, Array]:
             block = jax.tree.map(lambda p: p[first + i], blocks)
             return block.decode(carry[0], place, *carry[1:], i, offset, visible)
 

@@ -24,7 +24,6 @@ from hico_jax.parallel.sharding import shard
 from hico_jax.shapes import Array, Bool, Float, Int
 
 NO_DROP = DropSchedule()
-EMBED_STD = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +107,25 @@ VARIANTS = {
     "qwen2.5-7b": _7B,
     "qwen2.5-7b-1m": dataclasses.replace(_7B, rope_theta=1e7, norm_eps=1e-5, max_positions=1_010_000),
     "qwen2.5-1.5b": Qwen2Config(
-        vocab_size=151936, embed_dim=1536, mlp_dim=8960, num_layers=28, num_heads=12, num_kv_heads=2, head_dim=128,
+        vocab_size=151936,
+        embed_dim=1536,
+        mlp_dim=8960,
+        num_layers=28,
+        num_heads=12,
+        num_kv_heads=2,
+        head_dim=128,
         tied=True,
     ),
     "nano": Qwen2Config(
-        vocab_size=512, embed_dim=128, mlp_dim=384, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32, tied=True,
-        init_std=0.12,
+        vocab_size=512,
+        embed_dim=128,
+        mlp_dim=384,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        tied=True,
+        init_std=0.1,
     ),
     "tiny": Qwen2Config(
         vocab_size=64, embed_dim=32, mlp_dim=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, tied=True
@@ -186,7 +198,12 @@ class Block(nnx.Module):
         q, k = self.attn.query_key(normed, place)
         v = self.attn.value(normed)
         mixed = attention.attend(
-            q, k, v, q_positions=place.positions, k_positions=place.positions, q_segments=place.segments,
+            q,
+            k,
+            v,
+            q_positions=place.positions,
+            k_positions=place.positions,
+            q_segments=place.segments,
             k_segments=place.segments,
         )
         x = x + self.attn.out(mixed)
@@ -197,7 +214,13 @@ class Block(nnx.Module):
         return self.attn.query_key(self.input_norm(x), place)
 
     def decode(
-        self, x: Float[Array, "B 1 D"], place: Place, keys: Array, values: Array, layer: Array, offset: Array,
+        self,
+        x: Float[Array, "B 1 D"],
+        place: Place,
+        keys: Array,
+        values: Array,
+        layer: Array,
+        offset: Array,
         visible: Bool[Array, "B S"],
     ) -> tuple[Float[Array, "B 1 D"], Array, Array]:
         """One token against the cache of its group; returns the stacks with this token written in."""
@@ -215,11 +238,11 @@ class Qwen2(nnx.Module):
     def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs) -> None:
         self.config = config
         size = (config.vocab_size, config.embed_dim)
-        self.embedding = layers.param(layers.normal(rngs, size, EMBED_STD), ("vocab", "embed"))
+        self.embedding = layers.param(layers.normal(rngs, size, config.init_std), ("vocab", "embed"))
         self.blocks = layers.stack(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs)
         self.norm = layers.RMSNorm(config.embed_dim, eps=config.norm_eps)
         self.unembedding = (
-            None if config.tied else layers.param(layers.normal(rngs, size[::-1], EMBED_STD), ("embed", "vocab"))
+            None if config.tied else layers.param(layers.normal(rngs, size[::-1], config.init_std), ("embed", "vocab"))
         )
 
     def __call__(
@@ -227,7 +250,12 @@ class Qwen2(nnx.Module):
     ) -> tuple[Stream, kv_cache.Cache | None]:
         """All layers and the last norm; with `cache_room`, also a cache with that many free places."""
         stream, cache, _ = decoder.run(
-            self.blocks, stream, plan, schedule=schedule, angles=self.angles, remat=self.config.remat,
+            self.blocks,
+            stream,
+            plan,
+            schedule=schedule,
+            angles=self.angles,
+            remat=self.config.remat,
             cache_room=cache_room,
         )
         return stream.replace(x=self.norm(stream.x)), cache

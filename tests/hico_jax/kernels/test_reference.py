@@ -15,8 +15,12 @@ def test_equals_loops_over_single_queries(causal: bool) -> None:
     q, k, v = rng.normal(size=(1, 5, 4, 3)), rng.normal(size=(1, 5, 2, 3)), rng.normal(size=(1, 5, 2, 3))
     positions, segments = np.array([[0, 1, 0, 1, 0]]), np.array([[1, 1, 2, 2, 0]])
     out = reference.attention(
-        *(jnp.asarray(a, jnp.float32) for a in (q, k, v)), q_positions=jnp.asarray(positions), causal=causal,
-        k_positions=jnp.asarray(positions), q_segments=jnp.asarray(segments), k_segments=jnp.asarray(segments),
+        *(jnp.asarray(a, jnp.float32) for a in (q, k, v)),
+        q_positions=jnp.asarray(positions),
+        causal=causal,
+        k_positions=jnp.asarray(positions),
+        q_segments=jnp.asarray(segments),
+        k_segments=jnp.asarray(segments),
     )
     expected = np.zeros_like(q)
     for i in range(4):  # the last token is padding

@@ -29,20 +29,20 @@ from tests import golden_rows
 IGNORED = -100
 # One shape for every prompt, so that three programs serve them all; what is padded must change nothing.
 PROMPT = {"length": 400, "num_clips": 2, "num_tiles": 5, "training": False}
-PROMPTS = {
-    "video_eval": True,  # whether an answer was recorded too
-    "image_anyres_eval": True,
-    "image_anyres_5tiles_eval": False,
-    "image_single_eval": False,
-    "text_only_dummy_image_eval": False,
-    "video_eval_llm_attention": True,
-    "video_eval_llm_uniform0_attention": True,
-}
+PROMPTS = (
+    "video_eval",
+    "image_anyres_eval",
+    "image_anyres_5tiles_eval",
+    "image_single_eval",
+    "text_only_dummy_image_eval",
+    "video_eval_llm_uniform0_attention",
+    pytest.param("video_eval_llm_attention", marks=pytest.mark.slow),  # the one before holds what this one holds
+)
 TRAINED = (
     "video_train",
     "mixed_batch_train",
-    "video_image_train_llm_attention",
     "video_image_train_llm_uniform0_attention",
+    pytest.param("video_image_train_llm_attention", marks=pytest.mark.slow),
 )
 
 
@@ -146,7 +146,7 @@ def test_prompts_equal_the_reference(golden: Any, loaded: hico.HiCo, name: str) 
         close(logits, tensors["logits"][0])
     else:
         close(logits[::4], tensors["logits_strided4"])
-    if not PROMPTS[name]:
+    if "generated_ids" not in tensors:
         return
     tokens = tensors["generated_ids"].astype(np.int32)
     close(teach(model, bare, visual, tokens), tensors["step_logits"])
@@ -177,7 +177,7 @@ def test_training_equals_the_reference(golden: Any, loaded: hico.HiCo, name: str
     (value, (visual, logits, end, stages)), grads = learn(model, batch)
     same_features(np.asarray(visual), f"umt224_{name}", tensors, golden, batch.clips.shape[1])
     np.testing.assert_array_equal(batch.segments, tensors["spliced_attention_mask"])
-    begun = decoder.final_weights(decoder.Stream.begin(jnp.zeros(()), jax.tree.map(jnp.asarray, batch)))
+    begun = decoder.final_weights(decoder.Stream.begin(jnp.zeros((*batch.shape, 1)), jax.tree.map(jnp.asarray, batch)))
     same_labels(begun, tensors["spliced_labels"])
     same_stages(batch.slots, stages, tensors)
     for s, stage in enumerate(stages):
@@ -214,20 +214,22 @@ def test_every_byte_becomes_the_float_of_the_reference() -> None:
     for dtype in (jnp.float32, jnp.bfloat16):
         got = jax.jit(hico.normalize, static_argnums=1)(BYTES, dtype)
         assert got.dtype == dtype
-        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(jnp.asarray(expected).astype(dtype), np.float32))
+        np.testing.assert_array_equal(got, jnp.asarray(expected).astype(dtype))
     floats = jnp.linspace(-2, 2, 6).reshape(2, 3)
     np.testing.assert_array_equal(hico.normalize(floats, jnp.float32), floats)
 
 
 def test_eight_devices_answer_like_one() -> None:
     """Encoding, prefill with a drop, and decoding, on meshes that split rows, weights, heads and the row itself."""
-    config = dataclasses.replace(registry.model_config("nano"), drop=DropSchedule("uniform0_attention", (1, 2), (1.0, 0.5, 0.25)))
+    schedule = DropSchedule("attention", (2,), (1.0, 0.5))
+    config = dataclasses.replace(registry.model_config("nano"), drop=schedule)
     model, geometry = config.build(rngs=nnx.Rngs(0)), config.geometry()
-    batch = Batch.fake(geometry, rows=4, clips=3, images=1, text=16, vocab=512)
+    batch = Batch.fake(geometry, rows=4, clips=3, text=16, vocab=512)
     batch = dataclasses.replace(batch, drop=layout.plan_drop(batch, geometry.drop, training=False))
     settings = GenerationConfig(max_new_tokens=4, eos=())
     visual = _encode(model, batch.clips, batch.images)
     made = generate.generate(model, (batch, visual), settings)
+    assert np.ptp(made.ids) > 0  # equal answers say something
     for sizes in (MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=2, fsdp=2, sequence=2)):
         mesh = make_mesh(sizes)
         graph, state = nnx.split(model)

@@ -58,8 +58,10 @@ def test_groups_hold_what_was_alive_there(make_plan: Any) -> None:
     slots[0, 1:9], slots[1, 1:5] = np.arange(8), np.arange(4)
     segments = np.array([[1] * 12, [1] * 7 + [0] * 5], np.int32)
     stream = Stream(
-        x=jax.random.normal(jax.random.key(0), (2, 12, TINY.embed_dim)), slots=jnp.asarray(slots),
-        positions=jnp.asarray(np.where(segments, np.arange(12), 0).astype(np.int32)), segments=jnp.asarray(segments),
+        x=jax.random.normal(jax.random.key(0), (2, 12, TINY.embed_dim)),
+        slots=jnp.asarray(slots),
+        positions=jnp.asarray(np.where(segments, np.arange(12), 0).astype(np.int32)),
+        segments=jnp.asarray(segments),
     )
     schedule = DropSchedule("attention", (1, 2), (1.0, 0.5, 0.25))
     plan = make_plan(stream, schedule, training=False)

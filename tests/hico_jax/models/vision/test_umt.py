@@ -213,9 +213,7 @@ def test_residual_follows_the_activations(tiny):
 def test_remat_changes_memory_only(tiny):
     again = dataclasses.replace(TINY, remat=True).build(rngs=nnx.Rngs(0))
     grad = jax.jit(jax.grad(lambda tower, x: jnp.square(tower(x)).mean()))
-    for a, b in zip(
-        jax.tree.leaves(grad(tiny, pixels(1, 4))), jax.tree.leaves(grad(again, pixels(1, 4))), strict=True
-    ):
+    for a, b in zip(jax.tree.leaves(grad(tiny, pixels(1, 4))), jax.tree.leaves(grad(again, pixels(1, 4))), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 

@@ -1,0 +1,84 @@
+"""Which dim of which array is split, by worked examples; the rest is the compiler's."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from hico_jax import registry
+from hico_jax.batch import Batch
+from hico_jax.parallel.mesh import MeshConfig, make_mesh
+from hico_jax.parallel.sharding import RULES, batch_shardings, shard, shardings, spec
+
+SIZES = {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "expected"),
+    [
+        ((64, 128), ("embed", "mlp"), P(("fsdp",), ("tensor",))),
+        ((3, 64, 128), ("embed", "mlp"), P(None, ("fsdp",), ("tensor",))),  # three layers, stacked
+        ((64, 127), ("embed", "mlp"), P(("fsdp",), None)),  # not divisible: whole
+        ((64, 64), ("embed", "embed"), P(("fsdp",), None)),  # an axis is used once
+        ((8, 16, 64), ("batch", "length", None), P(("data", "fsdp"), None, None)),  # one device a row
+        ((2, 16, 64), ("batch", "length", "embed"), P(("data",), None, ("fsdp",))),  # fsdp is free for the width
+        ((8, 4, 8, 8, 3), ("clips", None, None, None, None), P(("data", "fsdp", "tensor"), None, None, None, None)),
+        ((6, 4), ("clips", None), P(("data",), None)),  # 3 is odd: two devices, no more
+        ((5,), (None,), P(None)),
+    ],
+)
+def test_spec(shape: tuple[int, ...], axes: tuple[str | None, ...], expected: P) -> None:
+    assert spec(shape, axes, SIZES) == expected
+
+
+def test_a_long_row_is_split() -> None:
+    assert spec((1, 32, 8), ("batch", "length", None), {"data": 1, "sequence": 4}) == P(None, ("sequence",), None)
+
+
+def test_an_axis_nobody_knows() -> None:
+    with pytest.raises(KeyError, match=r"'widht' is not in parallel\.sharding\.RULES"):
+        spec((4,), ("widht",), SIZES)
+
+
+def test_nothing_is_asked_for_without_a_mesh() -> None:
+    x = jnp.ones((4, 4))
+    assert shard(x, "batch", None) is x
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        assert shard(x, "batch", None) is x
+
+
+def test_an_activation_is_split_inside_a_mesh() -> None:
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        y = jax.jit(lambda x: shard(x * 2.0, "batch", None))(jnp.ones((8, 3)))
+    assert y.addressable_shards[0].data.shape == (2, 3)
+    np.testing.assert_array_equal(y, 2)
+
+
+def test_every_parameter_has_its_place() -> None:
+    """Also those of layers that are stacked, and without a single array."""
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+    state = nnx.split(nnx.eval_shape(lambda: registry.model_config("nano").build(rngs=nnx.Rngs(0))))[1]
+    found = shardings(state, mesh)
+    assert len(jax.tree.leaves(found)) == len(jax.tree.leaves(state))
+    assert found["llm"]["blocks"]["mlp"]["gate"].spec == P(None, ("fsdp",), ("tensor",))
+    assert found["llm"]["embedding"].spec == P(("tensor",), ("fsdp",))
+    split = [s for s in jax.tree.leaves(found) if s.spec != P(*[None] * len(s.spec))]
+    assert len(split) > len(jax.tree.leaves(found)) / 2  # norms and biases may stay whole
+
+
+def test_a_batch_is_split_by_rows_and_long_rows_too() -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, sequence=4))
+    made = Batch.fake(registry.model_config("tiny").geometry(), rows=4, clips=2, text=16)
+    found = batch_shardings(made, mesh)
+    assert found.tokens.spec == P(("data",), ("sequence",))
+    assert found.clips.spec == P(("data",), None, None, None, None, None)
+    placed = jax.device_put(made, found)
+    assert placed.tokens.addressable_shards[0].data.shape == (2, made.shape[1] // 4)
+
+
+def test_the_table_names_mesh_axes_only() -> None:
+    assert {axis for axes in RULES.values() for axis in axes} == {"data", "fsdp", "sequence", "tensor"}
