@@ -11,13 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from hico_jax.demo import story
-from hico_jax.demo.plan import Plan, Stage
-
-PLAN = Plan(
-    "test", "a test", "tiny", (Stage("three", "stage3_sft", "a.yaml", 4), Stage("four", "stage4_highres", "a.yaml", 2)),
-    64, (16, 64), (0.0, 1.0), 1, 64, 3, 16, 3, 16, 3,
-)  # fmt: skip
+from hico_jax.demo import plan, story
 
 
 def summary(asked: int = 4, right: int = 3) -> dict[str, Any]:
@@ -30,8 +24,8 @@ def counted(**changes: Any) -> dict[str, Any]:
 
 def trial(answer: str, correct: bool) -> dict[str, Any]:
     return {
-        "seconds": 64, "frames": 64, "depth": 0.62, "kind": "card_colour", "question": "Which colour?", "expected": "teal",
-        "answer": answer, "correct": correct, "visual_tokens": 256, "answer_s": 0.2,
+        "seconds": 64, "frames": 64, "depth": 0.62, "kind": "card_colour", "question": "Which colour?",
+        "expected": "teal", "answer": answer, "correct": correct, "visual_tokens": 256, "answer_s": 0.2,
     }  # fmt: skip
 
 
@@ -59,7 +53,9 @@ RESULTS: dict[str, Any] = {
             "of": 256,
         },
     },
-    "needle": counted(lengths=[16, 64], depths=[0.0, 1.0], grid=[[1.0, 0.5], [0.0, None]], trials=[]),
+    "needle": counted(
+        lengths=[16, 64], depths=[0.0, 1.0], grid=[[1.0, 0.5], [0.0, None]], trials=[], unseen=counted(seconds=16)
+    ),
     "compression": {
         "video_level": [counted(name="off", kept=1.0, visual_tokens=256, seconds=0.5)],
         "clip_level": [counted(name="merged", kept=None, visual_tokens=64, seconds=0.5)],
@@ -81,7 +77,7 @@ def out(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def text_of(out: pathlib.Path, results: dict[str, Any]) -> str:
-    story.write(out, PLAN, results, SECONDS)
+    story.write(out, plan.QUICK, results, SECONDS)
     page = (out / "report.html").read_text()
     return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page)))
 
@@ -96,6 +92,7 @@ def test_the_page_holds_the_numbers(out: pathlib.Path) -> None:
         "identical to the last bit",
         "every weight is equal",
         "6 of 6 answers are the same",
+        "unseen pair",
         "card left out",
         "What this does not show",
     ):
