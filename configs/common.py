@@ -83,8 +83,14 @@ def rates(name: str) -> tuple[Any, ...]:
 
 
 def experiment(
-    stage: str, variant: str, *, data: dict[str, Any], optim: dict[str, Any], train: dict[str, Any],
-    checkpoint: dict[str, Any], toy: dict[str, dict[str, Any]],
+    stage: str,
+    variant: str,
+    *,
+    data: dict[str, Any],
+    optim: dict[str, Any],
+    train: dict[str, Any],
+    checkpoint: dict[str, Any],
+    toy: dict[str, dict[str, Any]],
 ) -> ConfigDict:
     """The view of a stage. `toy` holds what a toy model has otherwise, by section.
 

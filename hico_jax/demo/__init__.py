@@ -42,12 +42,26 @@ def main(args: argparse.Namespace) -> int:
     print(f"hico demo: {chosen.promise}; everything goes to {out}", flush=True)
     run = Run(out, args.seed, total=8)
     run.step("world", f"making {chosen.preset} videos (H.264)", lambda: measure.make_world(out, chosen, args.seed))
-    run.step("train", "training nano from nothing, four stages, killed once", lambda: training.train(out, chosen, args.seed))
-    run.step("ask", f"asking about a film of {chosen.film_s} s it never saw", lambda: measure.ask_film(out, chosen, args.seed))
-    run.step("needle", f"a card at every depth of films up to {chosen.lengths[-1]} s", lambda: measure.needle_grid(out, chosen, args.seed))
+    run.step(
+        "train", "training nano from nothing, four stages, killed once", lambda: training.train(out, chosen, args.seed)
+    )
+    run.step(
+        "ask",
+        f"asking about a film of {chosen.film_s} s it never saw",
+        lambda: measure.ask_film(out, chosen, args.seed),
+    )
+    run.step(
+        "needle",
+        f"a card at every depth of films up to {chosen.lengths[-1]} s",
+        lambda: measure.needle_grid(out, chosen, args.seed),
+    )
     run.step("compression", "what compression buys and costs", lambda: measure.compression(out, chosen, args.seed))
     run.step("controls", "negative controls", lambda: measure.controls(out, chosen, args.seed))
-    run.step("export", "export to safetensors, reload, same answers", lambda: measure.export_and_reload(out, chosen, args.seed))
+    run.step(
+        "export",
+        "export to safetensors, reload, same answers",
+        lambda: measure.export_and_reload(out, chosen, args.seed),
+    )
     run.step("report", "writing the report", lambda: story.write(out, chosen, run.results, run.seconds), keep=False)
     story.tell(out, run.results, sum(run.seconds.values()))
     return 0
@@ -66,7 +80,8 @@ def prepare(out: pathlib.Path, settings: dict[str, Any], *, fresh: bool) -> None
         shutil.rmtree(out)
     if mark.is_file() and json.loads(mark.read_text()) != settings:
         raise ValueError(
-            f"{out} holds a demo with other settings ({mark.read_text().strip()}); add --fresh to start over, or choose "
+            f"{out} holds a demo with other settings ({mark.read_text().strip()}); add --fresh to start over, or "
+            f"choose "
             "another folder with --out"
         )
     out.mkdir(parents=True, exist_ok=True)

@@ -15,12 +15,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
+
 from data_pipeline import video
 from data_pipeline.frames import Sampling
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.world import films, make, sheet
-from flax import nnx
-
 from hico_jax import ask
 from hico_jax.batch import DropSchedule
 from hico_jax.convert import export, load
@@ -32,7 +32,15 @@ from hico_jax.report import progress
 
 # Any length: one frame a second of our one-frame-a-second films is every frame. Eight is the inference multiple.
 WHOLE = Sampling("dynamic_fps1", 64, 0, 8)
-SEEDS = {"ask": 1, "needle": 10_000, "compression": 20_000, "merge": 30_000, "controls": 40_000, "export": 50_000, "unseen": 60_000}
+SEEDS = {
+    "ask": 1,
+    "needle": 10_000,
+    "compression": 20_000,
+    "merge": 30_000,
+    "controls": 40_000,
+    "export": 50_000,
+    "unseen": 60_000,
+}
 SWITCH = DropSchedule("attention", (2,), (1.0, 0.25))  # what the strip along the film shows
 
 
@@ -89,7 +97,9 @@ def _contact_sheet(target: pathlib.Path, path: pathlib.Path, card_s: int, film_s
     shown = sorted({*spread, card_s + 1, card_s + 2})
     frames = np.concatenate(list(video.iter_frames(path, shown)))
     captions = [f"{second} s" for second in shown]
-    sheet.contact_sheet(frames, captions, columns=7, marked=[shown.index(card_s + 1), shown.index(card_s + 2)]).save(target)
+    sheet.contact_sheet(frames, captions, columns=7, marked=[shown.index(card_s + 1), shown.index(card_s + 2)]).save(
+        target
+    )
 
 
 def kept_along(v: Viewer, film: Film, hidden: needle.Hidden, schedule: DropSchedule) -> dict[str, Any]:
@@ -102,7 +112,8 @@ def kept_along(v: Viewer, film: Film, hidden: needle.Hidden, schedule: DropSched
     alive = np.bincount(slots[slots >= 0] // v.geometry.tokens_per_clip, minlength=film.num_clips)
     return {
         "question": hidden.film.questions[0].text, "schedule": spelled(schedule),
-        "share": (alive / v.geometry.tokens_per_clip).tolist(), "kept": int(alive.sum()), "of": int((row.slots >= 0).sum()),
+        "share": (alive / v.geometry.tokens_per_clip).tolist(), "kept": int(alive.sum()),
+        "of": int((row.slots >= 0).sum()),
     }  # fmt: skip
 
 
@@ -130,7 +141,8 @@ def needle_grid(out: pathlib.Path, plan: Plan, seed: int) -> dict[str, Any]:
     folder.rmdir()
     return {
         "unseen": {"by_kind": by_kind(unseen), "total": summary(unseen), "seconds": plan.control_s},
-        "lengths": list(plan.lengths), "depths": list(plan.depths), "grid": needle.grid(trials, plan.lengths, plan.depths),
+        "lengths": list(plan.lengths), "depths": list(plan.depths),
+        "grid": needle.grid(trials, plan.lengths, plan.depths),
         "by_kind": by_kind(trials), "total": summary(trials), "trials": records(trials),
     }  # fmt: skip
 
@@ -148,7 +160,8 @@ def compression(out: pathlib.Path, plan: Plan, seed: int) -> dict[str, Any]:
         DropSchedule("uniform", (2,), (1.0, 0.0)),
     )
     video_level = [
-        measured(with_model(v, ask.with_drop(v.model, s)), films_, name=spelled(s), kept=s.ratios[-1]) for s in schedules
+        measured(with_model(v, ask.with_drop(v.model, s)), films_, name=spelled(s), kept=s.ratios[-1])
+        for s in schedules
     ]
     clips = prepare(v, out / "films", plan.merge_s, plan.merge_films, seed + SEEDS["merge"])
     whole = with_model(v, without_merging(v.model))
@@ -219,7 +232,9 @@ def controls(out: pathlib.Path, plan: Plan, seed: int) -> dict[str, Any]:
         for film in (hidden, blank, two):
             pathlib.Path(film.film.path).unlink(missing_ok=True)
     folder.rmdir()
-    return {name: {"by_kind": by_kind(t), "total": summary(t)} for name, t in found.items()} | {"seconds": plan.control_s}
+    return {name: {"by_kind": by_kind(t), "total": summary(t)} for name, t in found.items()} | {
+        "seconds": plan.control_s
+    }
 
 
 def export_and_reload(out: pathlib.Path, plan: Plan, seed: int) -> dict[str, Any]:
@@ -228,7 +243,9 @@ def export_and_reload(out: pathlib.Path, plan: Plan, seed: int) -> dict[str, Any
     folder = export.export(v.model, out / "model", files=[out / "world" / "tokenizer.json"], overwrite=True)
     loaded = load.load(folder)
     again = with_model(v, loaded.model)
-    equal = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), nnx.state(v.model), nnx.state(loaded.model))
+    equal = jax.tree.map(
+        lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), nnx.state(v.model), nnx.state(loaded.model)
+    )
     watched = prepare(v, out / "films", plan.merge_s, plan.merge_films, seed + SEEDS["export"])
     pairs = []
     for hidden, film, path in watched:
@@ -265,6 +282,7 @@ def summary(trials: Sequence[needle.Trial]) -> dict[str, Any]:
 
 
 def records(trials: Iterable[needle.Trial]) -> list[dict[str, Any]]:
+    """Every trial as JSON."""
     return [dataclasses.asdict(t) | {"correct": t.correct} for t in trials]
 
 

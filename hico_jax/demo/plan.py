@@ -1,8 +1,8 @@
 """How large the demo is. Data, not code.
 
-The four stages of the recipe in miniature, short before long: a caption for every picture with the projector alone, then
-questions about pictures, about short films, about longer ones, and last a higher resolution. Every batch of a stage has
-one shape, so each stage is compiled once.
+The four stages of the recipe in miniature, short before long: captions with the projector alone, then questions about
+pictures, about short films, about longer ones, and last a higher resolution. Every batch of a stage has one shape, so
+each stage is compiled once.
 
 In: nothing. Out: `FULL` and `QUICK`.
 Next: hico_jax/demo/training.py
@@ -68,7 +68,7 @@ FULL = Plan(
     name="full",
     promise="no weights, no accelerator, about ten minutes on two cores",
     preset="nano",
-    stages=_stages(pictures=120, short=250, long=40, high=30, kill_at=115),
+    stages=_stages(pictures=120, short=300, long=60, high=30, kill_at=120),
     film_s=1200,
     lengths=(64, 128, 256, 512, 1024),
     depths=(0.0, 0.25, 0.5, 0.75, 1.0),

@@ -24,26 +24,41 @@ Results = Mapping[str, Any]
 def write(out: pathlib.Path, plan: Plan, results: Results, seconds: Mapping[str, float]) -> dict[str, str]:
     """Write `report.html` and return where it is."""
     sections = [
-        asked(results["ask"]), curves(results["train"], out), heatmap(results["needle"]), compression(results["compression"]),
-        controls(results["controls"]), resume(results["train"]), exported(results["export"]), times(seconds, results), limits(plan),
-    ]  # fmt: skip
+        asked(results["ask"]),
+        curves(results["train"], out),
+        heatmap(results["needle"]),
+        compression(results["compression"]),
+        controls(results["controls"]),
+        resume(results["train"]),
+        exported(results["export"]),
+        times(seconds, results),
+        limits(plan),
+    ]
     grid, film = results["needle"]["total"], results["ask"]
     report: page.Report = {
         "title": "A small model watches long films",
         "lead": (
-            "This page was made by `hico demo` on this machine, from nothing: videos were drawn and encoded as H.264, a model of "
-            "about a million parameters went through the four training stages of VideoChat-Flash, and was then asked about "
+            "This page was made by `hico demo` on this machine, from nothing: videos were drawn and encoded as H.264, "
+            "a model of "
+            "about a million parameters went through the four training stages of VideoChat-Flash, and was then asked "
+            "about "
             "films it never saw. Every number below was computed in this run."
         ),
         "facts": [
             {"value": percent(grid["share"]), "label": f"of {grid['asked']} needle questions right"},
             {"value": f"{film['frames']:,}", "label": "frames in the longest question's film"},
-            {"value": f"{film['patches'] // film['trials'][0]['visual_tokens']}x", "label": "fewer tokens than patches"},
+            {
+                "value": f"{film['patches'] // film['trials'][0]['visual_tokens']}x",
+                "label": "fewer tokens than patches",
+            },
             {"value": clock(sum(seconds.values())), "label": "from nothing to this page"},
         ],
         "sections": sections,
-        "footer": f"hico_jax {__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}. "
-        "The JSON file named under a figure holds its numbers.",
+        "footer": (
+            f"hico_jax {__version__}, Python {platform.python_version()}, {os.cpu_count()} cores, "
+            f"{platform.machine()}. "
+            "The JSON file named under a figure holds its numbers."
+        ),
     }
     page.write(report, out / "report.html")
     return {"report": str(out / "report.html")}
@@ -53,10 +68,11 @@ def tell(out: pathlib.Path, results: Results, seconds: float) -> None:
     """The last lines: what came out, and what to do next."""
     grid, question = results["needle"]["total"], results["ask"]["trials"][0]
     print(
-        f"\nneedle: {grid['right']}/{grid['asked']} right ({percent(grid['share'])}; 95 % interval {percent(grid['low'])} to "
+        f"\nneedle: {grid['right']}/{grid['asked']} right ({percent(grid['share'])}; 95 % interval "
+        f"{percent(grid['low'])} to "
         f"{percent(grid['high'])}); {clock(seconds)} in all\n"
         f"open {out / 'report.html'}\n"
-        f"or ask the film yourself:  hico ask {out / 'film.mp4'} \"{question['question']}\" --model {out / 'model'} "
+        f'or ask the film yourself:  hico ask {out / "film.mp4"} "{question["question"]}" --model {out / "model"} '
         f"--max-frames {results['ask']['frames']}",
         flush=True,
     )
@@ -69,23 +85,42 @@ def asked(found: Results) -> page.Section:
     even = kept["kept"] / kept["of"]
     share = np.array(kept["share"])
     card = [i for i in range(len(share)) if i * 4 < found["card_s"][1] and (i + 1) * 4 > start]
+    strip: page.Strip = {
+        "kind": "strip",
+        "title": f"Tokens kept along the film ({kept['schedule']})",
+        "seconds": found["film_s"],
+        "rows": [{"label": "kept", "values": kept["share"]}],
+        "marks": [(start, "card")],
+        "source": "results/ask.json",
+        "caption": (
+            f"Asked: {kept['question']} Of {kept['of']:,} visual tokens {kept['kept']:,} are left after the "
+            f"drop "
+            f"({percent(even)}); of the card's clips {percent(float(share[card].mean()))} are kept."
+        ),
+    }
     return {
         "title": f"A film of {found['frames']:,} frames",
         "text": (
-            f"One card, a {found['card']}, shows for {found['card_s'][1] - start:g} of {found['film_s']:,.0f} seconds. No frame of it was seen "
+            f"One card, a {found['card']}, shows for {found['card_s'][1] - start:g} of {found['film_s']:,.0f} "
+            f"seconds. No frame of it was seen "
             f"in training. Watching took {found['read_s'] + found['encode_s']:.1f} s."
         ),
         "blocks": [
-            {"kind": "image", "src": "film.png", "alt": "Frames along the film; the card is framed in red.", "caption": "Frames along the film; the card is framed in red."},
-            {"kind": "table", "columns": ["question", "answer", "right answer"], "rows": rows, "source": "results/ask.json"},
             {
-                "kind": "strip", "title": f"Tokens kept along the film ({kept['schedule']})", "seconds": found["film_s"],
-                "rows": [{"label": "kept", "values": kept["share"]}], "marks": [[start, "card"]], "source": "results/ask.json",
-                "caption": f"Asked: {kept['question']} Of {kept['of']:,} visual tokens {kept['kept']:,} are left after the drop "
-                f"({percent(even)}); of the card's clips {percent(float(share[card].mean()))} are kept.",
+                "kind": "image",
+                "src": "film.png",
+                "alt": "Frames along the film; the card is framed in red.",
+                "caption": "Frames along the film; the card is framed in red.",
             },
+            {
+                "kind": "table",
+                "columns": ["question", "answer", "right answer"],
+                "rows": rows,
+                "source": "results/ask.json",
+            },
+            strip,
         ],
-    }  # fmt: skip
+    }
 
 
 def curves(found: Results, out: pathlib.Path) -> page.Section:
@@ -97,23 +132,50 @@ def curves(found: Results, out: pathlib.Path) -> page.Section:
         marks.append((first + 1, stage["name"]))
         first += len(stage["loss"])
     rows = [
-        [s["name"], s["steps"], round(s["loss"][0], 3), round(float(np.mean(s["loss"][-10:])), 3),
-         percent(float(np.mean(s["accuracy"][-10:]))), f"{s['seconds']:.0f} s", f"{s['compile_s']:.0f} s"]
+        [
+            s["name"],
+            s["steps"],
+            round(s["loss"][0], 3),
+            round(float(np.mean(s["loss"][-10:])), 3),
+            percent(float(np.mean(s["accuracy"][-10:]))),
+            f"{s['seconds']:.0f} s",
+            f"{s['compile_s']:.0f} s",
+        ]
         for s in found["stages"]
-    ]  # fmt: skip
+    ]
     blocks: list[page.AnyBlock] = [
-        {"kind": "lines", "title": "Training loss, mean of nine steps", "series": series, "marks": marks, "x_label": "step", "log_y": True,
-         "source": "results/train.json"},
-        {"kind": "table", "columns": ["stage", "steps", "first loss", "last loss", "tokens right", "time", "of it compiling"], "rows": rows},
-    ]  # fmt: skip
+        {
+            "kind": "lines",
+            "title": "Training loss, mean of nine steps",
+            "series": series,
+            "marks": marks,
+            "x_label": "step",
+            "log_y": True,
+            "source": "results/train.json",
+        },
+        {
+            "kind": "table",
+            "columns": ["stage", "steps", "first loss", "last loss", "tokens right", "time", "of it compiling"],
+            "rows": rows,
+        },
+    ]
     picture = f"{found['stages'][-2]['name']}/first_batch.png"
     if (out / picture).is_file():
-        blocks.append({"kind": "image", "src": picture, "alt": "The first batch with its text.", "caption": "The first batch that stage 3 saw, drawn before its first step."})  # fmt: skip
+        blocks.append(
+            {
+                "kind": "image",
+                "src": picture,
+                "alt": "The first batch with its text.",
+                "caption": "The first batch that stage 3 saw, drawn before its first step.",
+            }
+        )
     return {
         "title": "Four stages",
         "text": (
-            "First the projector alone learns to caption, then everything on images and short films, then questions and answers, "
-            "and last the tower at a higher resolution with the language model frozen. Training reads eight frames at a time; "
+            "First the projector alone learns to caption, then everything on images and short films, then questions "
+            "and answers, "
+            "and last the tower at a higher resolution with the language model frozen. Training reads eight frames at "
+            "a time; "
             "rotary positions skip, so that the distances of a long film are not new to it."
         ),
         "blocks": blocks,
@@ -126,20 +188,29 @@ def heatmap(found: Results) -> page.Section:
     return {
         "title": "A needle in a haystack",
         "text": (
-            "Each cell is a set of fresh films, encoded with the card at that depth and read back from mp4. Two questions each: "
+            "Each cell is a set of fresh films, encoded with the card at that depth and read back from mp4. Two "
+            "questions each: "
             "which colour, which shape. Guessing scores 12.5 % and 17 %."
         ),
         "blocks": [
             {
-                "kind": "heatmap", "title": "Answers right", "values": found["grid"], "rows": [f"{d:.0%}" for d in found["depths"]],
-                "columns": [f"{n:,}" for n in found["lengths"]], "x_label": "frames of the film", "y_label": "depth of the card",
-                "low": 0.0, "high": 1.0, "percent": True, "source": "results/needle.json",
+                "kind": "heatmap",
+                "title": "Answers right",
+                "values": found["grid"],
+                "rows": [f"{d:.0%}" for d in found["depths"]],
+                "columns": [f"{n:,}" for n in found["lengths"]],
+                "x_label": "frames of the film",
+                "y_label": "depth of the card",
+                "low": 0.0,
+                "high": 1.0,
+                "percent": True,
+                "source": "results/needle.json",
                 "caption": f"{total['right']} of {total['asked']} right: {percent(total['share'])} (95 % interval "
                 f"{percent(total['low'])} to {percent(total['high'])}).",
             },
             kinds_table(found),
         ],
-    }  # fmt: skip
+    }
 
 
 def compression(found: Results) -> page.Section:
@@ -148,39 +219,81 @@ def compression(found: Results) -> page.Section:
     return {
         "title": "What compression buys, and what it costs",
         "text": (
-            "Clip-level merging folds every four frames into 16 tokens. Video-level dropping lets visual tokens go inside the language "
-            "model. The last row drops every visual token after two layers: what it still answers, those two layers had already read."
+            "Clip-level merging folds every four frames into 16 tokens. Video-level dropping lets visual tokens go "
+            "inside the language "
+            "model. The last row drops every visual token after two layers: what it still answers, those two layers "
+            "had already read."
         ),
         "blocks": [
-            {"kind": "table", "columns": ["merging", "visual tokens", "seconds a question", "right", "95 % interval"],
-             "rows": [row(r) for r in found["clip_level"]], "caption": f"Films of {clip_s} s. The model was trained with merging on; off is the same weights.",
-             "source": "results/compression.json"},
-            {"kind": "table", "columns": ["dropping", "visual tokens", "seconds a question", "right", "95 % interval", *kinds(found["video_level"])],
-             "rows": [row(r) + [percent(r["by_kind"][k]["share"]) for k in kinds(found["video_level"])] for r in found["video_level"]],
-             "caption": f"Films of {video_s} s. Nothing was retrained for dropping. Seconds are of the whole answer, median.",
-             "source": "results/compression.json"},
+            {
+                "kind": "table",
+                "columns": ["merging", "visual tokens", "seconds a question", "right", "95 % interval"],
+                "rows": [row(r) for r in found["clip_level"]],
+                "caption": f"Films of {clip_s} s. The model was trained with merging on; off is the same weights.",
+                "source": "results/compression.json",
+            },
+            {
+                "kind": "table",
+                "columns": [
+                    "dropping",
+                    "visual tokens",
+                    "seconds a question",
+                    "right",
+                    "95 % interval",
+                    *kinds(found["video_level"]),
+                ],
+                "rows": [
+                    row(r) + [percent(r["by_kind"][k]["share"]) for k in kinds(found["video_level"])]
+                    for r in found["video_level"]
+                ],
+                "caption": (
+                    f"Films of {video_s} s. Nothing was retrained for dropping. Seconds are of the whole answer, "
+                    f"median."
+                ),
+                "source": "results/compression.json",
+            },
         ],
-    }  # fmt: skip
+    }
 
 
 def controls(found: Results) -> page.Section:
     """The same questions where no answer can be known."""
     named = {
-        "film": "the film", "blank": "card left out", "no film": "no film at all", "order": "two cards, which came first",
+        "film": "the film",
+        "blank": "card left out",
+        "no film": "no film at all",
+        "order": "two cards, which came first",
         "order shuffled": "the same, frames shuffled",
-    }  # fmt: skip
+    }
     rows = []
     for name, title in named.items():
         for kind, r in found[name]["by_kind"].items():
-            rows.append([title, kind.replace("_", " "), percent(r["share"]), f"{percent(r['low'])} to {percent(r['high'])}", percent(measure.chance(kind)), r["asked"]])
+            rows.append(
+                [
+                    title,
+                    kind.replace("_", " "),
+                    percent(r["share"]),
+                    f"{percent(r['low'])} to {percent(r['high'])}",
+                    percent(measure.chance(kind)),
+                    r["asked"],
+                ]
+            )
     return {
         "title": "Controls",
-        "text": "If answers came from anywhere but the pixels and their order, these would stay high. They should fall to chance.",
+        "text": (
+            "If answers came from anywhere but the pixels and their order, these would stay high. They should fall to "
+            "chance."
+        ),
         "blocks": [
-            {"kind": "table", "columns": ["shown", "question", "right", "95 % interval", "chance", "asked"], "rows": rows,
-             "caption": f"Films of {found['seconds']} s.", "source": "results/controls.json"},
+            {
+                "kind": "table",
+                "columns": ["shown", "question", "right", "95 % interval", "chance", "asked"],
+                "rows": rows,
+                "caption": f"Films of {found['seconds']} s.",
+                "source": "results/controls.json",
+            },
         ],
-    }  # fmt: skip
+    }
 
 
 def resume(found: Results) -> page.Section:
@@ -191,10 +304,19 @@ def resume(found: Results) -> page.Section:
     return {
         "title": "The plug was pulled",
         "text": (
-            f"{r['stage']} was killed with SIGKILL after step {r['killed_after']} and started again with the same command. It went on from "
-            f"the checkpoint of step {r['resumed_from']}; {r['steps_run_twice']} steps ran twice and their losses, gradient norms and accuracies are {same}."
+            f"{r['stage']} was killed with SIGKILL after step {r['killed_after']} and started again with the same "
+            f"command. It went on from "
+            f"the checkpoint of step {r['resumed_from']}; {r['steps_run_twice']} steps ran twice and their losses, "
+            f"gradient norms and accuracies are {same}."
         ),
-        "blocks": [{"kind": "table", "columns": ["step", "loss before the kill", "loss after the resume"], "rows": rows, "source": "killed.jsonl"}],
+        "blocks": [
+            {
+                "kind": "table",
+                "columns": ["step", "loss before the kill", "loss after the resume"],
+                "rows": rows,
+                "source": "killed.jsonl",
+            }
+        ],
     }
 
 
@@ -204,10 +326,21 @@ def exported(found: Results) -> page.Section:
         "title": "Exported and read back",
         "text": (
             f"The weights were written as safetensors under the PyTorch reference's own names and read back: "
-            f"{'every weight is equal' if found['weights_equal'] else 'weights DIFFER'}, and {found['same']} of {found['asked']} answers are the same."
+            f"{'every weight is equal' if found['weights_equal'] else 'weights DIFFER'}, and {found['same']} of "
+            f"{found['asked']} answers are the same."
         ),
-        "blocks": [{"kind": "keyvalues", "items": [["folder", found["folder"]], ["files", ", ".join(found["files"])], ["size", f"{found['bytes'] / 1e6:.1f} MB"]], "source": "results/export.json"}],
-    }  # fmt: skip
+        "blocks": [
+            {
+                "kind": "keyvalues",
+                "items": [
+                    ["folder", found["folder"]],
+                    ["files", ", ".join(found["files"])],
+                    ["size", f"{found['bytes'] / 1e6:.1f} MB"],
+                ],
+                "source": "results/export.json",
+            }
+        ],
+    }
 
 
 def times(seconds: Mapping[str, float], results: Results) -> page.Section:
@@ -225,20 +358,32 @@ def limits(plan: Plan) -> page.Section:
         "title": "What this does not show",
         "tone": "caution",
         "text": (
-            "The world is a toy: drawn shapes, two kinds of needle question, a vocabulary of a few hundred words. The model knows nothing else. "
-            "Scores here say that the whole path works, from mp4 bytes to an exported model, not how a released model scores on a public benchmark. "
-            f"With {plan.compare_films} films a row, differences of a few points between ways of dropping are noise; the intervals say how much."
+            "The world is a toy: drawn shapes, two kinds of needle question, a vocabulary of a few hundred words. The "
+            "model knows nothing else. "
+            "Scores here say that the whole path works, from mp4 bytes to an exported model, not how a released model "
+            "scores on a public benchmark. "
+            f"With {plan.compare_films} films a row, differences of a few points between ways of dropping are noise; "
+            f"the intervals say how much."
         ),
     }
 
 
 def row(r: Results) -> list[page.Value]:
+    """A row of the compression tables."""
     t = r["total"]
-    return [r["name"], f"{r['visual_tokens']:,}" if r["kept"] is None else f"{r['visual_tokens']:,} -> {int(r['visual_tokens'] * r['kept']):,}",
-            f"{r['seconds']:.2f}", percent(t["share"]), f"{percent(t['low'])} to {percent(t['high'])}"]  # fmt: skip
+    return [
+        r["name"],
+        f"{r['visual_tokens']:,}"
+        if r["kept"] is None
+        else f"{r['visual_tokens']:,} -> {int(r['visual_tokens'] * r['kept']):,}",
+        f"{r['seconds']:.2f}",
+        percent(t["share"]),
+        f"{percent(t['low'])} to {percent(t['high'])}",
+    ]
 
 
 def kinds(rows: Sequence[Results]) -> list[str]:
+    """The kinds of question that were asked."""
     return list(rows[0]["by_kind"])
 
 
@@ -248,11 +393,21 @@ def kinds_table(found: Results) -> page.Table:
     for where, result in (("", found), (f", unseen pair ({found['unseen']['seconds']} s)", found["unseen"])):
         for kind, r in result["by_kind"].items():
             between = f"{percent(r['low'])} to {percent(r['high'])}"
-            rows.append([kind.replace("_", " ") + where, r["asked"], percent(r["share"]), between, percent(measure.chance(kind))])
+            rows.append(
+                [
+                    kind.replace("_", " ") + where,
+                    r["asked"],
+                    percent(r["share"]),
+                    between,
+                    percent(measure.chance(kind)),
+                ]
+            )
     return {
-        "kind": "table", "columns": ["question", "asked", "right", "95 % interval", "chance"], "rows": rows,
+        "kind": "table",
+        "columns": ["question", "asked", "right", "95 % interval", "chance"],
+        "rows": rows,
         "caption": "An unseen pair is a colour and a shape that training showed often, but never together.",
-    }  # fmt: skip
+    }
 
 
 def smooth(values: Sequence[float], width: int = 9) -> list[float]:
@@ -261,12 +416,15 @@ def smooth(values: Sequence[float], width: int = 9) -> list[float]:
 
 
 def tone(text: str, good: bool) -> page.Cell:
+    """An answer, coloured by whether it is right."""
     return {"text": text or "(nothing)", "tone": "good" if good else "bad"}
 
 
 def percent(share: float | None) -> str:
+    """A share as text."""
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def clock(seconds: float) -> str:
+    """Seconds as minutes and seconds."""
     return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"

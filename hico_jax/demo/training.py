@@ -36,10 +36,14 @@ def train(out: pathlib.Path, plan: Plan, seed: int) -> dict[str, Any]:
         compiling = sum(entry["compile_s"] for entry in written)
         found["stages"].append(
             {
-                "name": stage.name, "steps": stage.steps, "seconds": time.monotonic() - began, "compile_s": compiling,
-                "loss": [entry["loss"] for entry in written], "accuracy": [entry["accuracy"] for entry in written],
+                "name": stage.name,
+                "steps": stage.steps,
+                "seconds": time.monotonic() - began,
+                "compile_s": compiling,
+                "loss": [entry["loss"] for entry in written],
+                "accuracy": [entry["accuracy"] for entry in written],
                 "command": shown(command),
-            }  # fmt: skip
+            }
         )
         if stage.kill_at is not None:
             found["resume"] = compare(out / "killed.jsonl", workdir) | {"stage": stage.name}
@@ -52,9 +56,13 @@ def line(stage: Stage, out: pathlib.Path, parent: pathlib.Path | None, seed: int
     folder = pathlib.Path(configs.__file__).parent
     world = out / "world"
     given = {
-        "workdir": out / stage.name, "data.annotations": world / stage.annotations, "data.tokenizer": world,
-        "train.steps": stage.steps, "train.seed": seed, "data.seed": seed,
-    }  # fmt: skip
+        "workdir": out / stage.name,
+        "data.annotations": world / stage.annotations,
+        "data.tokenizer": world,
+        "train.steps": stage.steps,
+        "train.seed": seed,
+        "data.seed": seed,
+    }
     if parent is not None:
         given["init.parent"] = parent
     flags = [f"--config.{key}={value}" for key, value in given.items()] + [f"--config.{t}" for t in stage.tune]
@@ -94,7 +102,10 @@ def kill(command: list[str], workdir: pathlib.Path, step: int, keep: pathlib.Pat
                 part = keep.with_suffix(".tmp")
                 part.write_text("".join(json.dumps(entry) + "\n" for entry in metrics.read(str(workdir))))
                 part.replace(keep)
-                print(f"\033[?25h\npulled the plug after step {written[-1]['step']} (SIGKILL); the same command again:", flush=True)
+                print(
+                    f"\033[?25h\npulled the plug after step {written[-1]['step']} (SIGKILL); the same command again:",
+                    flush=True,
+                )
                 return
             time.sleep(0.05)
     finally:
@@ -111,9 +122,12 @@ def compare(killed: pathlib.Path, workdir: pathlib.Path) -> dict[str, Any]:
     twice = [s for s in sorted(before) if s > resumed_at]
     same = [all(before[s][k] == after[s][k] for k in COMPARED) for s in twice]
     return {
-        "killed_after": max(before), "resumed_from": resumed_at, "steps_run_twice": len(twice), "identical": all(same),
+        "killed_after": max(before),
+        "resumed_from": resumed_at,
+        "steps_run_twice": len(twice),
+        "identical": bool(twice) and all(same),
         "losses": [[s, before[s]["loss"], after[s]["loss"]] for s in twice],
-    }  # fmt: skip
+    }
 
 
 def resumed_step(workdir: pathlib.Path) -> int:

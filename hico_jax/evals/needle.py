@@ -15,9 +15,9 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+
 from data_pipeline.world import films
 from data_pipeline.world.questions import Question
-
 from hico_jax.film import Film, Viewer
 from hico_jax.generate import GenerationConfig
 
@@ -53,7 +53,14 @@ class Hidden:
 
 
 def hide(
-    folder: pathlib.Path, seconds: float, depth: float, seed: int, *, cards: int = 1, blank: bool = False, split: str = "val"
+    folder: pathlib.Path,
+    seconds: float,
+    depth: float,
+    seed: int,
+    *,
+    cards: int = 1,
+    blank: bool = False,
+    split: str = "val",
 ) -> Hidden:
     """Write one film with its card at `depth` (`cards` of them anywhere); the same arguments write the same film.
 

@@ -18,9 +18,7 @@ FILE = f"--config={ROOT}/configs/stage3_sft.py"
 
 @pytest.fixture
 def experiment() -> Experiment:
-    model = dataclasses.replace(
-        registry.model_config("tiny"), drop=DropSchedule("uniform", (1, 2), (1.0, 0.5, 0.25))
-    )
+    model = dataclasses.replace(registry.model_config("tiny"), drop=DropSchedule("uniform", (1, 2), (1.0, 0.5, 0.25)))
     return Experiment("test", "tiny", model, DataConfig(batch_size=4, length_buckets=(64, 128)))
 
 
