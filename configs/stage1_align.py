@@ -5,7 +5,7 @@ Run:    hico train --config=configs/stage1_align.py:umt_qwen2_7b --config.workdi
             --config.data.annotations=stage1.yaml --config.data.tokenizer=QWEN \
             --config.init.weights="('QWEN', 'UMT')"
 Laptop: hico train --config=configs/stage1_align.py:nano --config.workdir=runs/nano1 \
-            --config.data.annotations=world/stage1.yaml
+            --config.data.annotations=world/stage1.yaml --config.data.tokenizer=world
 Expect: nano's loss falls a little only, because the frozen parts are random; it shows the path, not the effect.
 """
 

@@ -6,8 +6,8 @@ Reference: a quarter of stage 3's data, one epoch, batch 256, peak rate 1e-5, tw
 Run:    hico train --config=configs/stage4_highres.py:umt_hd_qwen2_7b --config.workdir=runs/stage4 \
             --config.init.parent=runs/stage3 --config.data.annotations=stage4.yaml --config.data.tokenizer=QWEN
 Laptop: hico train --config=configs/stage4_highres.py:nano --config.workdir=runs/nano4 \
-            --config.init.parent=runs/nano3 --config.data.annotations=world/stage4.yaml
-Expect: nano's loss starts above its parent's last and is back there within 60 steps.
+            --config.init.parent=runs/nano3 --config.data.annotations=world/short.yaml --config.data.tokenizer=world
+Expect: nano's loss starts above its parent's last.
 
 After the colon: rates=applied (every part at 1e-5, as the released weights had) or rates=intended (tower 2e-6).
 """

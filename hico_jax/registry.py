@@ -47,7 +47,7 @@ def _released(vision: str, llm: str, source: str, note: str) -> Entry:
 
 def _toy(vision: str, note: str) -> Entry:
     return Entry(
-        ("umt", vision), ("tome", "nano"), ("qwen2", "nano"), "nano", note=note, max_length=8192, dtype="float32"
+        ("umt", vision), ("tome", "nano"), ("qwen2", "nano"), "nano", note=note, max_length=49152, dtype="float32"
     )
 
 

@@ -34,13 +34,13 @@ _NEEDLE = {"card_colour": 4.0, "card_shape": 4.0, "card_text": 4.0}
 _ORDER = {"first_colour": 3.0, "second_colour": 3.0, "first_shape": 1.0, "second_shape": 1.0, "order": 0.5}
 
 NANO = Preset(
-    train=(1400, 60, 800),
+    train=(1400, 90, 800),
     val=(60, 8, 0),
     test=(120, 16, 0),
-    recipes={"card": 0.72, "two_cards": 0.22, "mover": 0.04, "count": 0.02},
-    long_recipes={"card": 0.7, "two_cards": 0.3},
+    recipes={"card": 0.94, "two_cards": 0.06},
+    long_recipes={"card": 0.9, "two_cards": 0.1},
     weights={
-        **_NEEDLE, **_ORDER, "part": 0.2, "present": 0.2, "count_cards": 0.2, "caption": 0.2,
+        **_NEEDLE, **_ORDER, "part": 0.1, "present": 0.1, "count_cards": 0.1, "caption": 0.1,
         "mover_colour": 1.0, "mover_shape": 1.0, "direction": 2.0, "count_shapes": 2.0,
     },
     turns=2,
@@ -54,10 +54,9 @@ PRESETS: dict[str, Preset] = {
         NANO, train=(12, 2, 8), val=(3, 1, 0), test=(3, 1, 0), px=32, texts=6, long_s=(16.0, 20.0), written=0.1,
         recipes={"card": 0.3, "two_cards": 0.2, "mover": 0.2, "count": 0.1, "blink": 0.1, "scenes": 0.1},
     ),
-    # The main skill only.
+    # As nano, but fewer of everything.
     "quick": dataclasses.replace(
-        NANO, train=(500, 16, 400), val=(24, 4, 0), test=(48, 8, 0), recipes={"card": 0.85, "two_cards": 0.15},
-        choice_share=0.0,
+        NANO, train=(500, 16, 400), val=(24, 4, 0), test=(48, 8, 0), choice_share=0.0,
     ),
     "nano": NANO,
     # Everything, for a model that has more than minutes.
@@ -68,7 +67,7 @@ PRESETS: dict[str, Preset] = {
             "mover": 0.12, "count": 0.08, "blink": 0.06, "scenes": 0.06,
         },
         long_recipes={"card": 0.5, "two_cards": 0.3, "three_cards": 0.2},
-        weights={**NANO.weights, "when": 1.0, "blinks": 1.0, "count_scenes": 1.0},
+        weights={**NANO.weights, "part": 0.4, "count_cards": 0.4, "caption": 0.4, "when": 1.0, "blinks": 1.0, "count_scenes": 1.0},
         contents=(*DIGITS, *LETTERS, *WORDS), written=0.3, choice_share=0.15,
     ),
 }  # fmt: skip

@@ -165,7 +165,6 @@ def to_raw(config: HiCoConfig, raw: Mapping[str, Any] | None = None, *, torch_dt
     select = out.setdefault("mm_vision_select_layer", -2)
     out |= {
         "hidden_size": llm.embed_dim,
-        "initializer_range": llm.init_std,
         "intermediate_size": llm.mlp_dim,
         "max_position_embeddings": llm.max_positions,
         "mm_hidden_size": vision.embed_dim,
@@ -181,6 +180,8 @@ def to_raw(config: HiCoConfig, raw: Mapping[str, Any] | None = None, *, torch_dt
         "torch_dtype": torch_dtype,
         "vocab_size": llm.vocab_size,
     }
+    if out.get("initializer_range", 0.02) != llm.init_std or raw is None:
+        out["initializer_range"] = llm.init_std
     if "head_dim" in out or llm.head_dim * llm.num_heads != llm.embed_dim:
         out["head_dim"] = llm.head_dim
     if drop.num_stages:

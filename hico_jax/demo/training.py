@@ -32,7 +32,7 @@ def train(out: pathlib.Path, plan: Plan, seed: int) -> dict[str, Any]:
         if stage.kill_at is not None and not (out / "killed.jsonl").exists():
             kill(command, workdir, stage.kill_at, out / "killed.jsonl")
         finish(command)
-        written = metrics.read(str(workdir))
+        written = steps_of(workdir)
         compiling = sum(entry["compile_s"] for entry in written)
         found["stages"].append(
             {
@@ -95,12 +95,12 @@ def kill(command: list[str], workdir: pathlib.Path, step: int, keep: pathlib.Pat
     try:
         while process.poll() is None:
             saved = checkpoint.latest_step(str(workdir))
-            written = metrics.read(str(workdir))
+            written = steps_of(workdir)
             if written and written[-1]["step"] >= step and saved is not None and saved < written[-1]["step"]:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 part = keep.with_suffix(".tmp")
-                part.write_text("".join(json.dumps(entry) + "\n" for entry in metrics.read(str(workdir))))
+                part.write_text("".join(json.dumps(entry) + "\n" for entry in steps_of(workdir)))
                 part.replace(keep)
                 print(
                     f"\033[?25h\npulled the plug after step {written[-1]['step']} (SIGKILL); the same command again:",
@@ -117,7 +117,7 @@ def kill(command: list[str], workdir: pathlib.Path, step: int, keep: pathlib.Pat
 def compare(killed: pathlib.Path, workdir: pathlib.Path) -> dict[str, Any]:
     """Steps that ran twice, before the kill and after the resume, and whether every number of theirs is the same."""
     before = {e["step"]: e for e in map(json.loads, killed.read_text().splitlines())}
-    after = {e["step"]: e for e in metrics.read(str(workdir))}
+    after = {e["step"]: e for e in steps_of(workdir)}
     resumed_at = resumed_step(workdir)
     twice = [s for s in sorted(before) if s > resumed_at]
     same = [all(before[s][k] == after[s][k] for k in COMPARED) for s in twice]
@@ -128,6 +128,11 @@ def compare(killed: pathlib.Path, workdir: pathlib.Path) -> dict[str, Any]:
         "identical": bool(twice) and all(same),
         "losses": [[s, before[s]["loss"], after[s]["loss"]] for s in twice],
     }
+
+
+def steps_of(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The steps a run has written; evaluations have lines of their own in the same file."""
+    return [entry for entry in metrics.read(str(workdir)) if "loss" in entry]
 
 
 def resumed_step(workdir: pathlib.Path) -> int:

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from data_pipeline.drop import plan_drop
-from hico_jax.batch import DropSchedule
+from hico_jax.batch import Batch, DropSchedule
 from hico_jax.models.compress import progressive
 from hico_jax.models.llm import decoder, qwen2
 from hico_jax.models.llm.decoder import Stream
@@ -317,7 +317,11 @@ def test_the_host_plans_as_by_hand(kind: str, training: bool, make_plan: Any) ->
     _, stream = mixed_rows(0)
     schedule = DropSchedule(kind, (1, 2), (1.0, 0.6, 0.3))
     expected = make_plan(stream, schedule, training=training)
-    got = plan_drop(stream, schedule, labelled=np.asarray(stream.labelled), training=training)
+    rows = Batch(
+        tokens=np.zeros_like(stream.slots), slots=stream.slots, positions=stream.positions, segments=stream.segments,
+        targets=stream.targets, weights=stream.weights, clips=None, images=None,
+    )  # fmt: skip
+    got = plan_drop(rows, schedule, labelled=np.asarray(stream.labelled), training=training)
     real = np.asarray(stream.slots) >= 0
     np.testing.assert_array_equal(np.asarray(got.survives)[real], np.asarray(expected.survives)[real])
     np.testing.assert_array_equal(got.keep, expected.keep)
