@@ -40,8 +40,8 @@ def get_config(arg: str = "umt_hd_qwen2_7b") -> common.ConfigDict:
         checkpoint={"every": 500, "keep": 2},
         toy={
             "data": {"position_skip": 8192},
-            "optim": {"lr": 5e-4},
-            "train": {"steps": 40},
+            "optim": {"lr": 1e-3},
+            "train": {"steps": 100},
             "checkpoint": {"every": 100},
         },
     )

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -168,14 +168,15 @@ class Plan:
 
     def _row(self, index: int, step: int) -> tuple[layout.Row, layout.Sizes, str]:
         """A row of this host. Its sizes are those of its layout even where its pixels fail: others count with them."""
-        if (kept := self._cache.get(index)) is not None:
-            return kept, self._sizes(kept), ""
         laid, fault = self._lay_out(index, step)
         row, sizes = laid.row, self._sizes(laid.row)
         if not fault:
             try:
-                row = read_pixels(laid, self.geometry, self.config)
-                self._cache.put(index, row)
+                kept = self._cache.get(laid.media)
+                if kept is None:
+                    kept = read_pixels(laid, self.geometry, self.config)
+                    self._cache.put(laid.media, kept)
+                row = dataclasses.replace(row, clips=kept.clips, tiles=kept.tiles)
             except ValueError as error:  # every fault of a file or an annotation is one
                 row, fault = self._dummy().row, _reason(error)
         return row, sizes, fault
@@ -306,24 +307,24 @@ def _reading(plan: Plan, first: int, steps: int) -> grain.IterDataset:
 
 
 class _Cache:
-    """Decoded rows of small sets, oldest out first."""
+    """Decoded media of small sets, oldest out first: several conversations about one film share its frames."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self._held = limit, 0
-        self._rows: collections.OrderedDict[int, layout.Row] = collections.OrderedDict()
+        self._rows: collections.OrderedDict[Hashable, layout.Row] = collections.OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, index: int) -> layout.Row | None:
+    def get(self, media: Hashable) -> layout.Row | None:
         with self._lock:
-            return self._rows.get(index)
+            return self._rows.get(media)
 
-    def put(self, index: int, row: layout.Row) -> None:
+    def put(self, media: Hashable, row: layout.Row) -> None:
         size = _bytes(row)
         with self._lock:
-            if index in self._rows or size > self.limit:
+            if media in self._rows or size > self.limit:
                 return
             self._held += size
-            self._rows[index] = row
+            self._rows[media] = row
             while self._held > self.limit:
                 _, old = self._rows.popitem(last=False)
                 self._held -= _bytes(old)

@@ -53,7 +53,7 @@ class DataConfig:
     worker_count: int = 0  # processes that read; 0: threads of this process
     read_threads: int = 8  # rows read at the same time in each process
     prefetch_rows: int = 16  # rows read ahead; one of 512 frames at 224 px takes 77 MB
-    cache_mb: int = 0  # decoded samples kept in memory, for sets smaller than this; 0: off
+    cache_mb: int = 0  # decoded media kept in memory, for sets smaller than this; 0: off
 
     def __post_init__(self) -> None:
         self.sampling()

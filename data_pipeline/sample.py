@@ -29,6 +29,11 @@ class Lay(NamedTuple):
     films: tuple[tuple[video.VideoInfo, ndarray], ...] = ()  # a film and the indices of its frames
     pictures: tuple[str, ...] = ()
 
+    @property
+    def media(self) -> tuple[object, ...]:
+        """The same for rows with the same pixels."""
+        return (*((info.path, indices.tobytes()) for info, indices in self.films), *self.pictures)
+
 
 def lay_out(
     sample: Sample, config: DataConfig, geometry: Geometry, tokenizer: Tokenizer, rng: np.random.Generator

@@ -65,7 +65,7 @@ MODELS: dict[str, Entry] = {
         "For films of hours: its language model knows positions up to a million.",
     ),
     "nano": _toy("nano", "Trains on a laptop CPU in minutes; the demo's model."),
-    "nano_hd": _toy("nano-hd", "nano at 96 pixels, for its stage 4."),
+    "nano_hd": _toy("nano-hd", "nano at 80 pixels, for its stage 4."),
     "tiny": Entry(
         ("umt", "tiny"), ("tome", "tiny"), ("qwen2", "tiny"), "nano", note="For tests.", max_length=512, dtype="float32"
     ),

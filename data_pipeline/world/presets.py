@@ -37,6 +37,7 @@ NANO = Preset(
     train=(1400, 90, 800),
     val=(60, 8, 0),
     test=(120, 16, 0),
+    long_s=(64.0, 256.0),
     recipes={"card": 0.94, "two_cards": 0.06},
     long_recipes={"card": 0.9, "two_cards": 0.1},
     weights={
@@ -67,7 +68,8 @@ PRESETS: dict[str, Preset] = {
             "mover": 0.12, "count": 0.08, "blink": 0.06, "scenes": 0.06,
         },
         long_recipes={"card": 0.5, "two_cards": 0.3, "three_cards": 0.2},
-        weights={**NANO.weights, "part": 0.4, "count_cards": 0.4, "caption": 0.4, "when": 1.0, "blinks": 1.0, "count_scenes": 1.0},
+        weights={**NANO.weights, "part": 0.4, "count_cards": 0.4, "caption": 0.4, "when": 1.0,
+            "blinks": 1.0, "count_scenes": 1.0},
         contents=(*DIGITS, *LETTERS, *WORDS), written=0.3, choice_share=0.15,
     ),
 }  # fmt: skip

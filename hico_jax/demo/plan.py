@@ -58,9 +58,12 @@ def _stages(pictures: int, short: int, long: int, high: int, kill_at: int) -> tu
         Stage("stage3", "stage3_sft", "short.yaml", short, _shape(160, 3, 0), kill_at),
         Stage(
             "stage3_long", "stage3_sft", "long.yaml", long,
-            ("data.batch_size=8", "data.max_frames=64", "optim.lr=3e-4", *_shape(384, 16, 0)),
+            ("data.batch_size=4", "data.max_frames=256", "optim.lr=3e-4", *_shape(1152, 64, 0)),
         ),
-        Stage("stage4", "stage4_highres", "short.yaml", high, ("data.batch_size=16", *_shape(160, 3, 0))),
+        Stage(
+            "stage4", "stage4_highres", "short.yaml", high,
+            ("data.batch_size=16", "optim.lr=1e-3", *_shape(160, 3, 0)),
+        ),
     )  # fmt: skip
 
 
@@ -68,7 +71,7 @@ FULL = Plan(
     name="full",
     promise="no weights, no accelerator, about ten minutes on two cores",
     preset="nano",
-    stages=_stages(pictures=120, short=300, long=60, high=30, kill_at=120),
+    stages=_stages(pictures=120, short=300, long=60, high=100, kill_at=120),
     film_s=1200,
     lengths=(64, 128, 256, 512, 1024),
     depths=(0.0, 0.25, 0.5, 0.75, 1.0),
@@ -86,7 +89,7 @@ QUICK = Plan(
     name="quick",
     promise="no weights, no accelerator, about three minutes on two cores; the full demo scores higher",
     preset="quick",
-    stages=_stages(pictures=80, short=60, long=12, high=6, kill_at=55),
+    stages=_stages(pictures=80, short=100, long=15, high=30, kill_at=80),
     film_s=1024,
     lengths=(64, 256, 1024),
     depths=(0.0, 0.5, 1.0),

@@ -68,7 +68,7 @@ VARIANTS = {
     "umt-large": UMTConfig(),
     "umt-hd-large": UMTConfig(image_px=448),
     "nano": _NANO,
-    "nano-hd": dataclasses.replace(_NANO, image_px=96),
+    "nano-hd": dataclasses.replace(_NANO, image_px=80),
     "tiny": UMTConfig(image_px=32, embed_dim=32, num_blocks=2, num_heads=2, pretrain_grid=2),
 }
 
