@@ -175,7 +175,8 @@ def curves(found: Results, out: pathlib.Path) -> page.Section:
             "First the projector alone learns to caption, then everything on images and short films, then questions "
             "and answers, "
             "and last the tower at a higher resolution with the language model frozen. Most of training reads films "
-            "of four to twelve frames, a part of it up to 256; rotary positions skip, so that the distances of a long film are not new to it."
+            "of four to twelve frames, a part of it up to 256; rotary positions "
+            "skip, so that the distances of a long film are not new to it."
         ),
         "blocks": blocks,
     }
