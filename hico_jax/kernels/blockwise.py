@@ -86,30 +86,31 @@ def forward(
         q, k, v, q_positions, k_positions, q_segments, k_segments, block
     )
     needed = _needed(q_where, k_where, causal)
+    k_across = k_blocks.swapaxes(-1, -2)  # [blocks B K d S]
 
     def per_query_block(_: None, item: tuple[Array, _Where, Array]) -> tuple[None, tuple[Array, Array]]:
         q_block, where, row_needed = item
 
         def step(j: Array | int, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             total, top, acc = carry
-            scores, mask = _scores(q_block, k_blocks[j], where, jax.tree.map(lambda a: a[j], k_where), causal)
+            mask = _mask(where, jax.tree.map(lambda a: a[j], k_where), causal)[:, None, None]  # B 1 1 L S
+            scores = _dot("BKGLd,BKdS->BKGLS", q_block, k_across[j]) / math.sqrt(width)
             new_top = jnp.maximum(top, jnp.where(mask, scores, _LOW).max(-1))
             weights = jnp.where(mask, jnp.exp(scores - new_top[..., None]), 0.0)
             scale = jnp.exp(top - new_top)
-            more = _dot("BKGLS,BSKd->BKGLd", weights.astype(v.dtype), v_blocks[j])
+            more = _dot("BKGLS,BKSd->BKGLd", weights.astype(v.dtype), v_blocks[j])
             return total * scale + weights.sum(-1), new_top, acc * scale[..., None] + more
 
-        shape = (rows, *q_block.shape[2:4], q_block.shape[1])  # B K G L
-        zero = jnp.zeros(shape, jnp.float32)
-        start = (zero, jnp.full_like(zero, _LOW), jnp.zeros((*shape, width), jnp.float32))
+        zero = jnp.zeros(q_block.shape[:-1], jnp.float32)
+        start = (zero, jnp.full_like(zero, _LOW), jnp.zeros(q_block.shape, jnp.float32))
         total, top, acc = _loop(row_needed, step, start)
         seen = total > 0
         total = jnp.where(seen, total, 1.0)
-        out = jnp.einsum("BKGLd->BLKGd", acc / total[..., None]).astype(q.dtype)
-        return None, (out, jnp.einsum("BKGL->BLKG", jnp.where(seen, top + jnp.log(total), _LOW)))
+        return None, ((acc / total[..., None]).astype(q.dtype), jnp.where(seen, top + jnp.log(total), _LOW))
 
     _, (out, lse) = jax.lax.scan(per_query_block, None, (q_blocks, q_where, needed))
-    return _unblock(out, length).reshape(rows, length, heads, width), _unblock(lse, length).reshape(rows, length, heads)
+    lse = _unblock_heads(lse[..., None], length)[..., 0]
+    return _unblock_heads(out, length).reshape(rows, length, heads, width), lse.reshape(rows, length, heads)
 
 
 def backward(
@@ -134,35 +135,37 @@ def backward(
         q, k, v, q_positions, k_positions, q_segments, k_segments, block
     )
     needed = _needed(q_where, k_where, causal)
-    size, shape = q_blocks.shape[2], (*q.shape[:2], *q_blocks.shape[3:5])
+    size, shape = q_blocks.shape[-2], (rows, length, k.shape[2], heads // k.shape[2])
     mean = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)  # sum over keys of weight * d_weight
-    d_out_blocks = _block(d_out.reshape(*shape, width), size)
-    lse_blocks, mean_blocks = (_block(a.reshape(shape), size) for a in (lse, mean))
+    d_out_blocks = _block_heads(d_out.reshape(*shape, width), size)
+    lse_blocks, mean_blocks = (_block_heads(a.reshape(*shape, 1), size)[..., 0] for a in (lse, mean))
+    q_across, d_out_across = (jnp.einsum("nBKGLd->nBKdGL", a) for a in (q_blocks, d_out_blocks))
+    k_across = k_blocks.swapaxes(-1, -2)
 
-    def per_key_block(d_q: Array, item: tuple[Array, Array, _Where, Array]) -> tuple[Array, tuple[Array, Array]]:
-        k_block, v_block, where, column_needed = item
+    def per_key_block(d_q: Array, item: tuple[Array, Array, Array, _Where, Array]) -> tuple[Array, tuple[Array, Array]]:
+        k_block, k_across, v_block, where, column_needed = item
 
+        # Keys by queries, so that each of the five products multiplies rows by columns as they lie in memory.
         def step(i: Array | int, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             d_q, d_k, d_v = carry
-            q_block, d_out_block = q_blocks[i], d_out_blocks[i]
-            scores, mask = _scores(q_block, k_block, jax.tree.map(lambda a: a[i], q_where), where, causal)
-            lse_i, mean_i = (jnp.einsum("BLKG->BKGL", a[i])[..., None] for a in (lse_blocks, mean_blocks))
-            weights = jnp.where(mask, jnp.exp(scores - lse_i), 0.0)
-            d_weights = _dot("BLKGd,BSKd->BKGLS", d_out_block, v_block)
-            d_scores = (weights * (d_weights - mean_i) / math.sqrt(width)).astype(q.dtype)
-            d_v += _dot("BKGLS,BLKGd->BSKd", weights.astype(v.dtype), d_out_block)
-            d_k += _dot("BKGLS,BLKGd->BSKd", d_scores, q_block)
-            return d_q.at[i].add(_dot("BKGLS,BSKd->BLKGd", d_scores, k_block)), d_k, d_v
+            mask = _mask(jax.tree.map(lambda a: a[i], q_where), where, causal).swapaxes(1, 2)[:, None, :, None]
+            scores = _dot("BKSd,BKdGL->BKSGL", k_block, q_across[i]) / math.sqrt(width)
+            weights = jnp.where(mask, jnp.exp(scores - lse_blocks[i][:, :, None]), 0.0)
+            d_weights = _dot("BKSd,BKdGL->BKSGL", v_block, d_out_across[i])
+            d_scores = (weights * (d_weights - mean_blocks[i][:, :, None]) / math.sqrt(width)).astype(q.dtype)
+            d_v += _dot("BKSGL,BKGLd->BKSd", weights.astype(v.dtype), d_out_blocks[i])
+            d_k += _dot("BKSGL,BKGLd->BKSd", d_scores, q_blocks[i])
+            return d_q.at[i].add(_dot("BKdS,BKSGL->BKdGL", k_across, d_scores)), d_k, d_v
 
         zero = jnp.zeros(k_block.shape, jnp.float32)
         d_q, d_k, d_v = _loop(column_needed, step, (d_q, zero, zero))
         return d_q, (d_k.astype(k.dtype), d_v.astype(v.dtype))
 
     d_q, (d_k, d_v) = jax.lax.scan(
-        per_key_block, jnp.zeros(q_blocks.shape, jnp.float32), (k_blocks, v_blocks, k_where, needed.T)
+        per_key_block, jnp.zeros(q_across.shape, jnp.float32), (k_blocks, k_across, v_blocks, k_where, needed.T)
     )
-    d_q = _unblock(d_q, length).reshape(rows, length, heads, width).astype(q.dtype)
-    return d_q, _unblock(d_k, keys), _unblock(d_v, keys)
+    d_q = _unblock_heads(jnp.einsum("nBKdGL->nBKGLd", d_q), length).reshape(rows, length, heads, width)
+    return d_q.astype(q.dtype), *(_unblock_heads(a[:, :, :, None], keys)[..., 0, :] for a in (d_k, d_v))
 
 
 def _blocks(
@@ -181,9 +184,8 @@ def _blocks(
     q_size, k_size = min(block, q.shape[1]), min(block, k.shape[1])
     grouped = q.reshape(*q.shape[:2], kv_heads, q.shape[2] // kv_heads, q.shape[3])
     return (
-        _block(grouped, q_size),
-        _block(k, k_size),
-        _block(v, k_size),
+        _block_heads(grouped, q_size),
+        *(_block_heads(a[..., None, :], k_size)[:, :, :, 0] for a in (k, v)),
         _Where(_block(q_positions, q_size), _block(q_segments, q_size)),
         _Where(_block(k_positions, k_size), _block(k_segments, k_size)),
     )
@@ -196,9 +198,14 @@ def _block(x: Array, size: int) -> Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
 
-def _unblock(x: Array, length: int) -> Array:
-    """The inverse of `_block`."""
-    x = jnp.moveaxis(x, 0, 1)
+def _block_heads(x: Float[Array, "B L K G width"], size: int) -> Float[Array, "blocks B K G size width"]:
+    """Blocks with the heads outside, so that a head's block is one matrix: XLA on a CPU is slow to turn it later."""
+    return jnp.einsum("nBLKGd->nBKGLd", _block(x, size))
+
+
+def _unblock_heads(x: Float[Array, "blocks B K G size width"], length: int) -> Float[Array, "B L K G width"]:
+    """The inverse of `_block_heads`."""
+    x = jnp.einsum("nBKGLd->BnLKGd", x)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
@@ -206,14 +213,13 @@ def _dot(pattern: str, a: Array, b: Array) -> Array:
     return jnp.einsum(pattern, a, b, preferred_element_type=jnp.float32)
 
 
-def _scores(q: Array, k: Array, q_where: _Where, k_where: _Where, causal: bool) -> tuple[Array, Array]:
-    """Scaled scores of one block pair and which of them count."""
-    scores = _dot("BLKGd,BSKd->BKGLS", q, k) / math.sqrt(q.shape[-1])
+def _mask(q_where: _Where, k_where: _Where, causal: bool) -> Bool[Array, "B L S"]:
+    """Which queries of a block see which keys of another."""
     segments = q_where.segments[:, :, None]
     mask = (segments == k_where.segments[:, None, :]) & (segments != 0)
     if causal:
         mask &= k_where.positions[:, None, :] <= q_where.positions[:, :, None]
-    return scores, mask[:, None, None]
+    return mask
 
 
 def _needed(q_where: _Where, k_where: _Where, causal: bool) -> Bool[Array, "query_blocks key_blocks"]:
