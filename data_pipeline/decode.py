@@ -26,6 +26,7 @@ from hico_jax.shapes import UInt8, ndarray
 
 MAX_PIXELS = 1 << 26  # of one frame; larger is refused before anything is decoded
 SMALL_PIXELS = 640 * 368  # below this a frame decodes faster without threads
+SMALL_BYTES = 1 << 20  # the list of a file below this is small too, so that thousands are kept
 SEEK_COST = 12  # a jump costs about as much as decoding this many frames
 
 Packet = tuple[int | None, int | None, bool]  # display time, decode time, keyframe
@@ -63,7 +64,8 @@ def film_index(path: str | os.PathLike[str]) -> FilmIndex:
     if container in ("folder", "gif", "picture"):
         raise VideoError(f"{path}: this is a {container}, not a film")
     status = os.stat(path)
-    return _index(path, container, status.st_mtime_ns, status.st_size)
+    read = _small if status.st_size < SMALL_BYTES else _large
+    return read(path, container, status.st_mtime_ns, status.st_size)
 
 
 def iter_film(
@@ -97,7 +99,6 @@ def iter_film(
 # --- listing -----------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=64)
 def _index(path: str, container: str, _mtime: int, _size: int) -> FilmIndex:
     with guard(path, "reading"), _open(path, container) as film:
         stream = _video_stream(path, film)
@@ -122,6 +123,9 @@ def _index(path: str, container: str, _mtime: int, _size: int) -> FilmIndex:
     if not rate:
         rate = count / stated if stated > 0 else 25.0
     return FilmIndex(container, count, float(rate), stated, width, height, turns, times, keys, damaged)
+
+
+_small, _large = functools.lru_cache(maxsize=8192)(_index), functools.lru_cache(maxsize=64)(_index)
 
 
 def _open(path: str, container: str) -> Any:

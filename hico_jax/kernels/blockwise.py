@@ -165,7 +165,8 @@ def backward(
         per_key_block, jnp.zeros(q_across.shape, jnp.float32), (k_blocks, k_across, v_blocks, k_where, needed.T)
     )
     d_q = _unblock_heads(jnp.einsum("nBKdGL->nBKGLd", d_q), length).reshape(rows, length, heads, width)
-    return d_q.astype(q.dtype), *(_unblock_heads(a[:, :, :, None], keys)[..., 0, :] for a in (d_k, d_v))
+    d_k, d_v = (_unblock_heads(a[:, :, :, None], keys)[..., 0, :] for a in (d_k, d_v))
+    return d_q.astype(q.dtype), d_k, d_v
 
 
 def _blocks(
@@ -183,9 +184,11 @@ def _blocks(
     assert q.shape[2] % kv_heads == 0, (q.shape, k.shape)
     q_size, k_size = min(block, q.shape[1]), min(block, k.shape[1])
     grouped = q.reshape(*q.shape[:2], kv_heads, q.shape[2] // kv_heads, q.shape[3])
+    k_blocks, v_blocks = (_block_heads(a[..., None, :], k_size)[:, :, :, 0] for a in (k, v))
     return (
         _block_heads(grouped, q_size),
-        *(_block_heads(a[..., None, :], k_size)[:, :, :, 0] for a in (k, v)),
+        k_blocks,
+        v_blocks,
         _Where(_block(q_positions, q_size), _block(q_segments, q_size)),
         _Where(_block(k_positions, k_size), _block(k_segments, k_size)),
     )
