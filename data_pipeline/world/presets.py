@@ -37,7 +37,7 @@ NANO = Preset(
     train=(1400, 90, 800),
     val=(60, 8, 0),
     test=(120, 16, 0),
-    long_s=(64.0, 256.0),
+    long_s=(128.0, 256.0),
     recipes={"card": 0.94, "two_cards": 0.06},
     long_recipes={"card": 0.9, "two_cards": 0.1},
     weights={
@@ -46,7 +46,6 @@ NANO = Preset(
     },
     turns=2,
     conversations=3,
-    choice_share=0.02,
 )  # fmt: skip
 
 PRESETS: dict[str, Preset] = {
@@ -57,7 +56,7 @@ PRESETS: dict[str, Preset] = {
     ),
     # As nano, but fewer of everything.
     "quick": dataclasses.replace(
-        NANO, train=(500, 16, 400), val=(24, 4, 0), test=(48, 8, 0), choice_share=0.0,
+        NANO, train=(500, 16, 400), val=(24, 4, 0), test=(48, 8, 0),
     ),
     "nano": NANO,
     # Everything, for a model that has more than minutes.

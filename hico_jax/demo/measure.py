@@ -40,6 +40,7 @@ SEEDS = {
     "controls": 40_000,
     "export": 50_000,
     "unseen": 60_000,
+    "stages": 70_000,
 }
 SWITCH = DropSchedule("attention", (2,), (1.0, 0.25))  # what the strip along the film shows
 
@@ -58,8 +59,8 @@ def _viewer(out: pathlib.Path, last: str) -> Viewer:
 
 
 def viewer(out: pathlib.Path, plan: Plan) -> Viewer:
-    """The model of the last stage, ready to watch."""
-    return _viewer(out, plan.stages[-1].name)
+    """The model that answers, ready to watch."""
+    return _viewer(out, plan.asked)
 
 
 def with_model(v: Viewer, model: HiCo) -> Viewer:
@@ -140,11 +141,30 @@ def needle_grid(out: pathlib.Path, plan: Plan, seed: int) -> dict[str, Any]:
         pathlib.Path(hidden.film.path).unlink()
     folder.rmdir()
     return {
+        "stages": stages(out, plan, seed),
         "unseen": {"by_kind": by_kind(unseen), "total": summary(unseen), "seconds": plan.control_s},
         "lengths": list(plan.lengths), "depths": list(plan.depths),
         "grid": needle.grid(trials, plan.lengths, plan.depths),
         "by_kind": by_kind(trials), "total": summary(trials), "trials": records(trials),
     }  # fmt: skip
+
+
+def stages(out: pathlib.Path, plan: Plan, seed: int) -> dict[str, Any]:
+    """The model that answers beside that of the last stage, on the same films."""
+    v = viewer(out, plan)
+    model, _ = ask.load_model(out / plan.stages[-1].name)
+    models = {plan.asked: v, plan.stages[-1].name: with_model(v, model)}
+    watched = prepare(v, out / "films", plan.control_s, plan.stage_films, seed + SEEDS["stages"])
+    found = {}
+    for name, each in models.items():
+        trials = [t for hidden, _, path in watched for t in needle.ask(each, hidden, each.watch(path))]
+        found[name] = {
+            "px": each.geometry.image_px, "by_kind": by_kind(trials), "total": summary(trials)
+        }  # fmt: skip
+    for _, _, path in watched:
+        path.unlink()
+    (out / "films").rmdir()
+    return found | {"seconds": plan.control_s}
 
 
 def compression(out: pathlib.Path, plan: Plan, seed: int) -> dict[str, Any]:

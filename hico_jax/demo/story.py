@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from hico_jax import __version__
-from hico_jax.demo import measure
+from hico_jax.demo import measure, tables
 from hico_jax.demo.plan import Plan
 from hico_jax.report import page
 
@@ -45,7 +45,7 @@ def write(out: pathlib.Path, plan: Plan, results: Results, seconds: Mapping[str,
             "films it never saw. Every number below was computed in this run."
         ),
         "facts": [
-            {"value": percent(grid["share"]), "label": f"of {grid['asked']} needle questions right"},
+            {"value": tables.percent(grid["share"]), "label": f"of {grid['asked']} needle questions right"},
             {"value": f"{film['frames']:,}", "label": "frames in the longest question's film"},
             {
                 "value": f"{film['patches'] // film['trials'][0]['visual_tokens']}x",
@@ -68,9 +68,9 @@ def tell(out: pathlib.Path, results: Results, seconds: float) -> None:
     """The last lines: what came out, and what to do next."""
     grid, question = results["needle"]["total"], results["ask"]["trials"][0]
     print(
-        f"\nneedle: {grid['right']}/{grid['asked']} right ({percent(grid['share'])}; 95 % interval "
-        f"{percent(grid['low'])} to "
-        f"{percent(grid['high'])}); {clock(seconds)} in all\n"
+        f"\nneedle: {grid['right']}/{grid['asked']} right ({tables.percent(grid['share'])}; 95 % interval "
+        f"{tables.percent(grid['low'])} to "
+        f"{tables.percent(grid['high'])}); {clock(seconds)} in all\n"
         f"open {out / 'report.html'}\n"
         f'or ask the film yourself:  hico ask {out / "film.mp4"} "{question["question"]}" --model {out / "model"} '
         f"--max-frames {results['ask']['frames']}",
@@ -95,7 +95,7 @@ def asked(found: Results) -> page.Section:
         "caption": (
             f"Asked: {kept['question']} Of {kept['of']:,} visual tokens {kept['kept']:,} are left after the "
             f"drop "
-            f"({percent(even)}); of the card's clips {percent(float(share[card].mean()))} are kept."
+            f"({tables.percent(even)}); of the card's clips {tables.percent(float(share[card].mean()))} are kept."
         ),
     }
     return {
@@ -137,7 +137,7 @@ def curves(found: Results, out: pathlib.Path) -> page.Section:
             s["steps"],
             round(s["loss"][0], 3),
             round(float(np.mean(s["loss"][-10:])), 3),
-            percent(float(np.mean(s["accuracy"][-10:]))),
+            tables.percent(float(np.mean(s["accuracy"][-10:]))),
             f"{s['seconds']:.0f} s",
             f"{s['compile_s']:.0f} s",
         ]
@@ -205,10 +205,11 @@ def heatmap(found: Results) -> page.Section:
                 "high": 1.0,
                 "percent": True,
                 "source": "results/needle.json",
-                "caption": f"{total['right']} of {total['asked']} right: {percent(total['share'])} (95 % interval "
-                f"{percent(total['low'])} to {percent(total['high'])}).",
+                "caption": f"{total['right']} of {total['asked']} right: {tables.percent(total['share'])} "
+                f"(95 % interval {tables.percent(total['low'])} to {tables.percent(total['high'])}).",
             },
-            kinds_table(found),
+            tables.kinds_table(found),
+            tables.stages_table(found["stages"]),
         ],
     }
 
@@ -228,7 +229,7 @@ def compression(found: Results) -> page.Section:
             {
                 "kind": "table",
                 "columns": ["merging", "visual tokens", "seconds a question", "right", "95 % interval"],
-                "rows": [row(r) for r in found["clip_level"]],
+                "rows": [tables.row(r) for r in found["clip_level"]],
                 "caption": f"Films of {clip_s} s. The model was trained with merging on; off is the same weights.",
                 "source": "results/compression.json",
             },
@@ -240,10 +241,11 @@ def compression(found: Results) -> page.Section:
                     "seconds a question",
                     "right",
                     "95 % interval",
-                    *kinds(found["video_level"]),
+                    *tables.kinds(found["video_level"]),
                 ],
                 "rows": [
-                    row(r) + [percent(r["by_kind"][k]["share"]) for k in kinds(found["video_level"])]
+                    tables.row(r)
+                    + [tables.percent(r["by_kind"][k]["share"]) for k in tables.kinds(found["video_level"])]
                     for r in found["video_level"]
                 ],
                 "caption": (
@@ -272,9 +274,9 @@ def controls(found: Results) -> page.Section:
                 [
                     title,
                     kind.replace("_", " "),
-                    percent(r["share"]),
-                    f"{percent(r['low'])} to {percent(r['high'])}",
-                    percent(measure.chance(kind)),
+                    tables.percent(r["share"]),
+                    f"{tables.percent(r['low'])} to {tables.percent(r['high'])}",
+                    tables.percent(measure.chance(kind)),
                     r["asked"],
                 ]
             )
@@ -368,48 +370,6 @@ def limits(plan: Plan) -> page.Section:
     }
 
 
-def row(r: Results) -> list[page.Value]:
-    """A row of the compression tables."""
-    t = r["total"]
-    return [
-        r["name"],
-        f"{r['visual_tokens']:,}"
-        if r["kept"] is None
-        else f"{r['visual_tokens']:,} -> {int(r['visual_tokens'] * r['kept']):,}",
-        f"{r['seconds']:.2f}",
-        percent(t["share"]),
-        f"{percent(t['low'])} to {percent(t['high'])}",
-    ]
-
-
-def kinds(rows: Sequence[Results]) -> list[str]:
-    """The kinds of question that were asked."""
-    return list(rows[0]["by_kind"])
-
-
-def kinds_table(found: Results) -> page.Table:
-    """Right answers by kind of question, for cards like those of training and for pairs it never showed."""
-    rows = []
-    for where, result in (("", found), (f", unseen pair ({found['unseen']['seconds']} s)", found["unseen"])):
-        for kind, r in result["by_kind"].items():
-            between = f"{percent(r['low'])} to {percent(r['high'])}"
-            rows.append(
-                [
-                    kind.replace("_", " ") + where,
-                    r["asked"],
-                    percent(r["share"]),
-                    between,
-                    percent(measure.chance(kind)),
-                ]
-            )
-    return {
-        "kind": "table",
-        "columns": ["question", "asked", "right", "95 % interval", "chance"],
-        "rows": rows,
-        "caption": "An unseen pair is a colour and a shape that training showed often, but never together.",
-    }
-
-
 def smooth(values: Sequence[float], width: int = 9) -> list[float]:
     """The mean of up to `width` neighbours."""
     return [float(np.mean(values[max(0, i - width // 2) : i + width // 2 + 1])) for i in range(len(values))]
@@ -418,11 +378,6 @@ def smooth(values: Sequence[float], width: int = 9) -> list[float]:
 def tone(text: str, good: bool) -> page.Cell:
     """An answer, coloured by whether it is right."""
     return {"text": text or "(nothing)", "tone": "good" if good else "bad"}
-
-
-def percent(share: float | None) -> str:
-    """A share as text."""
-    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def clock(seconds: float) -> str:

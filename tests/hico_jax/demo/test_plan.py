@@ -24,6 +24,7 @@ def test_what_a_plan_names_exists(chosen: plan.Plan) -> None:
     assert all((FOLDER / f"{stage.config}.py").is_file() for stage in chosen.stages)
     assert len({stage.name for stage in chosen.stages}) == len(chosen.stages)
     assert all("=" in tune for stage in chosen.stages for tune in stage.tune)
+    assert chosen.asked in {stage.name for stage in chosen.stages}
 
 
 def test_the_plug_is_pulled_once_and_before_the_end(chosen: plan.Plan) -> None:

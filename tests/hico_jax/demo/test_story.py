@@ -54,7 +54,8 @@ RESULTS: dict[str, Any] = {
         },
     },
     "needle": counted(
-        lengths=[16, 64], depths=[0.0, 1.0], grid=[[1.0, 0.5], [0.0, None]], trials=[], unseen=counted(seconds=16)
+        lengths=[16, 64], depths=[0.0, 1.0], grid=[[1.0, 0.5], [0.0, None]], trials=[], unseen=counted(seconds=16),
+        stages={"three": counted(px=16), "four": counted(px=24), "seconds": 16},
     ),
     "compression": {
         "video_level": [counted(name="off", kept=1.0, visual_tokens=256, seconds=0.5)],
@@ -93,6 +94,7 @@ def test_the_page_holds_the_numbers(out: pathlib.Path) -> None:
         "every weight is equal",
         "6 of 6 answers are the same",
         "unseen pair",
+        "24 px",
         "card left out",
         "What this does not show",
     ):
@@ -123,7 +125,5 @@ def test_smoothing_keeps_the_ends() -> None:
     assert story.smooth([0.0, 3.0, 6.0], width=3) == [1.5, 3.0, 4.5]
 
 
-def test_shares_and_minutes() -> None:
-    assert story.percent(None) == "-"
-    assert story.percent(0.125) == "12.5 %"
+def test_minutes() -> None:
     assert story.clock(125.7) == "2 min 05 s"
