@@ -2,7 +2,8 @@
 
 Frames of a clip and tokens of a frame are constants of the reference's code: its R16 and R64 models have the same
 `config.json`. They are read from the name of the folder ("R64"), from `_name_or_path`, or from our own section
-`hico_jax` (tokens_per_frame, tokens_per_image, frames_per_clip, faithful_dtype, dtype), which `export` writes.
+`hico_jax` (tokens_per_frame, tokens_per_image, frames_per_clip, faithful_dtype, dtype, drop: video-level
+compression), which `export` writes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from hico_jax.batch import DropSchedule
 from hico_jax.models.compress.tome import ToMeConfig
 from hico_jax.models.hico import HiCoConfig
 from hico_jax.models.llm.internlm2 import InternLM2Config
@@ -43,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "min_dynamic_patch": 1,
     "model_type": MODEL_TYPE,
     "template": "internvl2_5",
+    "transformers_version": "4.40.1",
     "use_backbone_lora": 0,
     "use_llm_lora": 0,
     "use_thumbnail": False,
@@ -92,6 +95,7 @@ def from_raw(raw: Mapping[str, Any], name: str = "") -> HiCoConfig:
         vision=vision,
         compressor=ToMeConfig(**merged),
         llm=llm,
+        drop=DropSchedule(**{key: _tuple(value) for key, value in ours.get("drop", {}).items()}),
         max_length=int(llm.max_positions * llm.rope_factor),
         dtype=ours.get("dtype", "float32" if dtype == "float32" else "bfloat16"),
         projector="norm_mlp",
@@ -124,14 +128,24 @@ def to_raw(config: HiCoConfig, raw: Mapping[str, Any] | None = None, *, torch_dt
         for part in ("llm_config", "vision_config"):
             if "torch_dtype" in out[part]:
                 out[part]["torch_dtype"] = torch_dtype
-    own = dataclasses.asdict(config.compressor) | {"frames_per_clip": vision.frames_per_clip, "dtype": config.dtype}
+    drop = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(config.drop).items()}
+    own = dataclasses.asdict(config.compressor) | {
+        "drop": drop,
+        "frames_per_clip": vision.frames_per_clip,
+        "dtype": config.dtype,
+    }
     usual = dataclasses.asdict(ToMeConfig()) | {
+        "drop": {"kind": "none", "layers": [], "ratios": [1.0]},
         "frames_per_clip": InternViTConfig.frames_per_clip,
         "dtype": "float32" if torch_dtype == "float32" else "bfloat16",
     }
     out.pop("hico_jax", None)
     changed = {key: value for key, value in own.items() if value != usual[key]}
     return out | ({"hico_jax": changed} if changed else {})
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _part(raw: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -45,7 +45,7 @@ class Receipt:
         rate = self.bytes / 1e9 / max(self.seconds, 1e-9)
         return (
             f"{verb} {sum(self.parameters.values()):,} parameters ({parts}) to {target}\n"
-            f"{self.bytes:,} bytes in {self.seconds:.1f} s ({rate:.2f} GB/s); blake2b {self.checksum}"
+            f"{self.bytes:,} bytes in {self.seconds:.1f} s ({rate:.2f} GB/s); sha256 {self.checksum}"
         )
 
 
@@ -53,7 +53,7 @@ class Tally:
     """Counts and hashes torch tensors as they pass."""
 
     def __init__(self) -> None:
-        self._began, self._hash = time.perf_counter(), hashlib.blake2b(digest_size=16)
+        self._began, self._hash = time.perf_counter(), hashlib.sha256()
         self._parameters: dict[str, int] = {}
         self._bytes = 0
 

@@ -140,7 +140,7 @@ def rotary_angles(
 
 
 def yarn(
-    inverse: Float[np.ndarray, " f"], theta: float, factor: float, original: int, fast: float = 32, slow: float = 1
+    inverse: Float[np.ndarray, " f"], theta: float, factor: float, original: int, fast: float = 32.0, slow: float = 1.0
 ) -> Float[np.ndarray, " f"]:
     """Frequencies of YaRN: those that turn `fast` times within `original` positions stay, those below `slow` divide
     by `factor`, the others lie between (`_compute_yarn_parameters` of transformers)."""

@@ -95,6 +95,7 @@ class Qwen2Config:
             )
         ours = {ours: config[theirs] for theirs, ours in names.items()}
         head_dim = config.get("head_dim") or ours["embed_dim"] // ours["num_heads"]
+        ours |= {name: float(ours[name]) for name in ("rope_theta", "norm_eps")}
         return cls(
             **ours,
             head_dim=head_dim,
