@@ -22,7 +22,7 @@ from hico_jax import checkpoint, config, film
 from hico_jax.batch import DropSchedule
 from hico_jax.convert import load
 from hico_jax.generate import GenerationConfig
-from hico_jax.models.hico import HiCo
+from hico_jax.models.hico import HiCo, HiCoConfig
 
 DEFAULT_MODEL = "runs/demo/model"
 
@@ -103,7 +103,11 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[HiCo, pathlib.Path]:
 
 def with_drop(model: HiCo, schedule: DropSchedule) -> HiCo:
     """The same weights under another schedule of video-level compression."""
-    settings = dataclasses.replace(model.config, drop=schedule)
+    return with_config(model, dataclasses.replace(model.config, drop=schedule))
+
+
+def with_config(model: HiCo, settings: HiCoConfig) -> HiCo:
+    """The same weights under another configuration, of the same sizes."""
     graph, _ = nnx.split(nnx.eval_shape(lambda: settings.build(rngs=nnx.Rngs(params=0))))
     return nnx.merge(graph, nnx.state(model))
 

@@ -189,6 +189,37 @@ def _check_world(args: argparse.Namespace) -> None:
         raise ValueError("--needle-at places a card in one film; name the film with --film FILE.mp4")
 
 
+def _convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="a folder of released weights, or a file of a part of a model")
+    parser.add_argument("target", metavar="DST", help="the folder to write")
+    parser.add_argument("--like", metavar="NAME", help="of which model SRC is a part: a name of `hico models`")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read the tensors of .bin and .pt files (code in them never runs)"
+    )
+    parser.add_argument(
+        "--tokens-per-frame", metavar="N", type=_positive,
+        help="16 or 64: which InternVL HiCo model SRC is, if its name does not say R16 or R64",
+    )  # fmt: skip
+    _written(parser)
+
+
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="what `hico convert` wrote, or the workdir of a run")
+    parser.add_argument("target", metavar="DST", help="the folder to write")
+    parser.add_argument(
+        "--part", choices=("all", "llm"), default="all", help="`llm`: the language model alone, for stock programs"
+    )
+    _written(parser)
+
+
+def _written(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the tensors (as they are)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what DST holds, once all is written")
+    parser.add_argument(
+        "--max-shard-bytes", metavar="N", type=_positive, default=5_000_000_000, help="size of a file (%(default)s)"
+    )
+
+
 def _doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
@@ -277,6 +308,21 @@ COMMANDS: dict[str, Command] = {
         check=_check_world,
         epilog="examples:\n  hico world --out world --preset quick\n"
         "  hico world --film long.mp4 --seconds 1024 --needle-at 300",
+    ),
+    "convert": Command(
+        "hico_jax.convert.command:main_convert",
+        "import released PyTorch weights",
+        _convert,
+        "examples:\n  hico convert weights/VideoChat-Flash-Qwen2-7B_res448 models/7b\n"
+        "  hico convert UMT-L_f4_vision.pt models/umt --like umt_qwen2_7b --allow-pickle",
+        resume="Nothing was left behind; run the command again.",
+    ),
+    "export": Command(
+        "hico_jax.convert.command:main_export",
+        "write weights so that PyTorch reads them",
+        _export,
+        "examples:\n  hico export runs/stage3 out/stage3\n  hico export models/7b out/llm --part llm",
+        resume="Nothing was left behind; run the command again.",
     ),
     "doctor": Command(
         "hico_jax.doctor:main",

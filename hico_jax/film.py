@@ -182,16 +182,18 @@ class Viewer:
 
     def row(self, film: Film | None, question: str, history: Sequence[Mapping[str, str]] = ()) -> layout.Row:
         """The prompt of one question: what the released model's `chat` renders."""
-        visuals = []
-        if film is None:
-            turns = [*history, {"role": "user", "content": question}]
-        else:
-            visuals = [layout.Visual(num_clips=film.num_clips)]
-            message = time_message(film.duration_s, film.indices, film.fps)
-            first = history[0]["content"] if history else question
-            asked = {"role": "user", "content": chat.first_question(first, message)}
-            turns = [asked, *history[1:], {"role": "user", "content": question}] if history else [asked]
-        return layout.row(chat.prompt_ids(self.tokenizer, turns), None, visuals, self.geometry)
+        turns = [dict(turn) for turn in (*history, {"role": "user", "content": question})]
+        internvl, visuals = self.model.config.llm.arch == "internlm2", []
+        if film is not None:
+            first = turns[0]["content"]
+            if internvl:  # it names every frame, and its clips' tokens are dealt out over them
+                turns[0]["content"] = chat.frames_question(first, film.num_frames)
+            else:
+                message = time_message(film.duration_s, film.indices, film.fps)
+                turns[0]["content"] = chat.first_question(first, message)
+            visuals = [layout.Visual(num_clips=film.num_clips, parts=film.num_frames if internvl else 1)]
+        ids = chat.prompt_ids(self.tokenizer, turns, template="internvl2_5" if internvl else "qwen_2")
+        return layout.row(ids, None, visuals, self.geometry)
 
     def prompt(self, rows: Sequence[layout.Row], films: Sequence[Film | None]) -> tuple[Batch, Float[Array, "B S D"]]:
         """Rows and visual tokens padded to a few shapes, so that one compilation serves many questions."""

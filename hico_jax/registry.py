@@ -14,12 +14,12 @@ from types import ModuleType
 from hico_jax.batch import DropSchedule
 from hico_jax.models import hico
 from hico_jax.models.compress import tome
-from hico_jax.models.llm import qwen2
-from hico_jax.models.vision import umt
+from hico_jax.models.llm import internlm2, qwen2
+from hico_jax.models.vision import internvideo2, internvit, umt
 
-VISION: dict[str, ModuleType] = {"umt": umt}
+VISION: dict[str, ModuleType] = {"umt": umt, "internvideo2": internvideo2, "internvit": internvit}
 COMPRESSOR: dict[str, ModuleType] = {"tome": tome}
-LLM: dict[str, ModuleType] = {"qwen2": qwen2}
+LLM: dict[str, ModuleType] = {"qwen2": qwen2, "internlm2": internlm2}
 PARTS = {"vision": VISION, "compressor": COMPRESSOR, "llm": LLM}
 
 
@@ -37,12 +37,20 @@ class Entry:
     max_length: int = 32768  # longest row after visual expansion
     drop: DropSchedule = dataclasses.field(default_factory=DropSchedule)
     dtype: str = "bfloat16"
+    projector: str = "mlp"
 
 
 def _released(vision: str, llm: str, source: str, note: str) -> Entry:
     return Entry(
         ("umt", vision), ("tome", "tome16"), ("qwen2", llm), "qwen2", f"OpenGVLab/{source}", "Apache-2.0", note
     )
+
+
+def _internvl(compressor: str, source: str, note: str) -> Entry:
+    return Entry(
+        ("internvit", "internvit-300m"), ("tome", compressor), ("internlm2", "internlm2.5-7b"), "internlm2",
+        f"OpenGVLab/{source}", "MIT", note, max_length=65536, projector="norm_mlp",
+    )  # fmt: skip
 
 
 def _toy(vision: str, note: str) -> Entry:
@@ -64,6 +72,14 @@ MODELS: dict[str, Entry] = {
         "umt-large", "qwen2.5-7b-1m", "VideoChat-Flash-Qwen2_5-7B-1M_res224",
         "For films of hours: its language model knows positions up to a million.",
     ),
+    "internvideo2_qwen2_5_7b": Entry(
+        ("internvideo2", "internvideo2-1b"), ("tome", "tome16"), ("qwen2", "qwen2.5-7b"), "qwen2",
+        "OpenGVLab/VideoChat-Flash-Qwen2_5-7B_InternVideo2-1B", "Apache-2.0", "A tower of a billion parameters.",
+    ),
+    "internvl_hico_r16": _internvl(
+        "tome16", "InternVL_2_5_HiCo_R16", "Frames are encoded alone and merged in fours; the base of InternVideo2.5."
+    ),
+    "internvl_hico_r64": _internvl("tome64", "InternVL_2_5_HiCo_R64", "The same with 64 tokens a frame."),
     "nano": _toy("nano", "Trains on a laptop CPU in minutes; the demo's model."),
     "nano_hd": _toy("nano-hd", "nano at 80 pixels, for its stage 4."),
     "tiny": Entry(
@@ -100,6 +116,7 @@ def model_config(name: str) -> hico.HiCoConfig:
         drop=found.drop,
         max_length=found.max_length,
         dtype=found.dtype,
+        projector=found.projector,
     )
 
 

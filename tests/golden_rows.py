@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -85,3 +86,36 @@ def torch_tensors(model: Any) -> dict[str, np.ndarray]:
             source = array[i] if rule.stacked else array
             out[rule.torch.replace("{i}", str(i))] = rule.to_torch(source, sizes)
     return out
+
+
+def filled(config: Any, rules: Any, tensors: dict[str, np.ndarray], *, ours: str, theirs: str, layers: int) -> Any:
+    """A part of a model with recorded weights, by its own table of names; every tensor must be used.
+
+    `ours` is the part's name in our paths, `theirs` the prefix that the recorded names lack.
+    """
+    graph, state = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
+    left, values = dict(tensors), {}
+    leaves = load.by_path(state)
+    for rule in rules:
+        path = rule.path.removeprefix(f"{ours}/")
+        if rule.optional and path not in leaves:
+            continue
+        leaf = leaves[path]
+        sizes = rule.sizes(leaf.shape[1:] if rule.stacked else leaf.shape)
+        found = [rule.to_ours(left.pop(name.removeprefix(theirs)), sizes) for name in rule.names(layers)]
+        values[path] = jnp.asarray(np.stack(found) if rule.stacked else found[0])
+        assert values[path].shape == leaf.shape, path
+    assert not left, sorted(left)
+    return nnx.merge(graph, load._fill(state, values))
+
+
+def canvas_pixels(rule: dict[str, Any], video: np.ndarray) -> np.ndarray:
+    """Group I's frames `[T 3 S S]`, made of the shared video by the manifest's rule."""
+    count, size, made = len(video), rule["size"], []
+    for t in range(rule["frames"]):
+        a, b = video[t % count], video[(t + count // 2) % count]
+        if t >= count:
+            a, b = a[:, ::-1], b[:, ::-1]
+        upper, lower = (np.concatenate([x, y[:, :, ::-1]], 2) for x, y in ((a, b), (b, a)))
+        made.append(np.concatenate([upper, lower], 1)[:, :size, :size])
+    return (np.stack(made).astype(np.float32) - 128) / 64

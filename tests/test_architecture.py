@@ -57,6 +57,7 @@ RULES: dict[str, tuple[str, ...]] = {
         *_CONTRACT, "hico_jax.config", "hico_jax.registry", "hico_jax.models", "hico_jax.parallel.sharding",
         "hico_jax.checkpoint",
     ),
+    "hico_jax.convert.command": ("hico_jax", "data_pipeline"),
     "hico_jax.generate": (*_CONTRACT, "hico_jax.models", "hico_jax.parallel"),
     "hico_jax.start": (*_TRAINING, "hico_jax.convert.load"),
     "hico_jax.train": (
@@ -69,10 +70,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "hico_jax.catalog": ("hico_jax.registry", "hico_jax.models.layers"),
     "hico_jax.world": ("hico_jax.report.progress", "data_pipeline.world"),
     "hico_jax.ask": ("hico_jax", "data_pipeline"),
+    "hico_jax.api": ("hico_jax", "data_pipeline"),
     "hico_jax.demo": ("hico_jax", "data_pipeline", "configs"),
     "hico_jax.cli": (),  # it names its targets as text, so that help costs nothing
     "hico_jax.__main__": ("hico_jax.cli",),
-    "hico_jax.__init__": (),
+    "hico_jax.__init__": ("hico_jax.api",),  # inside `load`, so that importing the package stays free
     "data_pipeline": _CONTRACT,
     # Only the demo, a user like any other, asks where the configurations are.
     "configs": ("hico_jax.config", "hico_jax.registry", "hico_jax.batch"),

@@ -29,6 +29,10 @@ SIZES = {
     "umt_qwen2_7b": (290_479_104, 16_522_240, 7_615_616_512),
     "umt_hd_qwen2_7b": (290_479_104, 16_522_240, 7_615_616_512),
     "umt_qwen2_5_7b_1m": (290_479_104, 16_522_240, 7_615_616_512),
+    "internvideo2_qwen2_5_7b": (987_337_728, 17_898_496, 7_615_616_512),
+    # InternViT-300M, mlp1 and InternLM2.5 with 92,553 tokens, counted from the shapes of spec 1.7a.
+    "internvl_hico_r16": (304_012_288, 33_570_816, 7_737_782_272),
+    "internvl_hico_r64": (304_012_288, 33_570_816, 7_737_782_272),
 }
 
 
@@ -85,7 +89,9 @@ def test_a_full_size_forward_has_the_promised_shape(name: str) -> None:
     shapes = jax.eval_shape(lambda: build(config))
     batch = fake(config, rows=1, clips=2, images=1)
     out = jax.eval_shape(lambda m, b: m(b).x, shapes, batch)
-    assert out.shape == (1, 12 + 2 * 64 + 64, config.llm.embed_dim)
+    geometry = config.geometry()
+    assert geometry.tokens_per_clip == (256 if name == "internvl_hico_r64" else 64)
+    assert out.shape == (1, 12 + 2 * geometry.tokens_per_clip + 64, config.llm.embed_dim)
     assert out.dtype == jnp.bfloat16
 
 

@@ -6,12 +6,14 @@ In: a model. Out: a folder, complete or absent. The names are those of `load`, r
 from __future__ import annotations
 
 import collections
+import contextlib
+import errno
 import json
 import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,9 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hico_jax.convert import hf_config, load, safetensors_io
+from hico_jax.convert import hf_config, load, native, safetensors_io
 from hico_jax.convert.rules import Rule
-from hico_jax.models.hico import HiCo
+from hico_jax.models.hico import HiCo, HiCoConfig
+
+GENERATION = "generation_config.json"
 
 
 def export(
@@ -45,60 +49,129 @@ def export(
       ValueError: the folder holds something and `overwrite` is off, a file to copy is missing, or the model has
         an architecture the reference does not know.
     """
+    write_released(
+        model.config, load.by_path(nnx.split(model)[1]), folder,
+        raw=raw, files=files, dtype=dtype, overwrite=overwrite, max_shard_bytes=max_shard_bytes,
+    )  # fmt: skip
+    return pathlib.Path(os.path.abspath(folder))
+
+
+def write_released(
+    config: HiCoConfig,
+    leaves: Mapping[str, Any],
+    folder: str | os.PathLike[str],
+    *,
+    raw: Mapping[str, Any] | None = None,
+    files: Sequence[str | os.PathLike[str]] = (),
+    dtype: str | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5_000_000_000,
+    language_only: bool = False,
+) -> native.Receipt:
+    """`export` of parameters by path, which may be arrays on disk: then one layer at a time is in memory.
+
+    With `language_only` the folder holds the language model alone, as its own family's programs read it.
+    """
     folder = pathlib.Path(os.path.abspath(folder))
-    if folder.exists() and not (overwrite and folder.is_dir()) and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder; choose another, or pass overwrite=True")
+    check_target(folder, overwrite)
     lost = [str(f) for f in files if not pathlib.Path(f).is_file()]
     if lost:
         raise ValueError(f"cannot copy {', '.join(lost)}: no such file")
-    sources = _sources(model)
-    specs = {name: (jnp.dtype(dtype) if dtype else leaf.dtype, shape) for name, (_, leaf, _, shape) in sources.items()}
-    config = hf_config.to_raw(model.config, raw, torch_dtype=_common(specs))
+    found = _sources(config, leaves, language_only)
+    specs = {name: (jnp.dtype(dtype) if dtype else leaf.dtype, shape) for name, (_, leaf, _, shape) in found.items()}
+    text = hf_config.to_raw(config, raw, torch_dtype=_common(specs))
+    if language_only:
+        text = hf_config.language_raw(config, text)
+    tally = native.Tally()
+    with new_folder(folder, sum(int(np.prod(shape)) * kind.itemsize for kind, shape in specs.values())) as temporary:
+        copy_files(files, temporary)
+        if not (temporary / GENERATION).exists():
+            plain = json.dumps({"_from_model_config": True}, indent=2) + "\n"
+            safetensors_io.write_atomically(temporary / GENERATION, plain.encode())
+        encoded = (json.dumps(text, indent=2, ensure_ascii=False) + "\n").encode()
+        safetensors_io.write_atomically(temporary / load.CONFIG, encoded)
+        read = _reader(found, specs, tally)
+        safetensors_io.write_tensors(temporary, specs, read, max_shard_bytes=max_shard_bytes)
+    return tally.receipt()
 
+
+def copy_files(files: Sequence[str | os.PathLike[str]], folder: pathlib.Path) -> None:
+    """Files beside the weights, under their own names."""
+    for file in files:
+        shutil.copyfile(file, folder / pathlib.Path(file).name)
+
+
+def check_target(folder: pathlib.Path, overwrite: bool) -> None:
+    """Whether a new folder may stand there.
+
+    Raises:
+      ValueError: it holds something and `overwrite` is off.
+    """
+    if folder.exists() and not (overwrite and folder.is_dir()) and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder; choose another, or pass overwrite=True")
+
+
+@contextlib.contextmanager
+def new_folder(folder: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
+    """A folder to fill, which takes the place of `folder` when all went well, and vanishes when anything did not.
+
+    Raises:
+      ValueError: the disk has no room for `num_bytes`, or became full.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < num_bytes:
+        raise ValueError(f"{folder} needs {num_bytes:,} bytes but its disk has {free:,} free; nothing was written")
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     try:
         temporary.mkdir()
-        for file in files:
-            shutil.copyfile(file, temporary / pathlib.Path(file).name)
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        safetensors_io.write_atomically(temporary / load.CONFIG, text.encode())
-        safetensors_io.write_tensors(temporary, specs, _reader(sources, specs), max_shard_bytes=max_shard_bytes)
+        yield temporary
         _swap(temporary, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(f"the disk of {folder} became full ({error.strerror}); nothing was left there") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
 Source = tuple[Rule, Any, int, tuple[int, ...]]  # rule, our parameter, layer, torch shape
 
 
-def _sources(model: HiCo) -> dict[str, Source]:
+def _sources(config: HiCoConfig, leaves: Mapping[str, Any], language_only: bool) -> dict[str, Source]:
     """Where each torch tensor comes from, parameter by parameter."""
-    leaves = load.by_path(nnx.split(model)[1])
+    left = {path: leaf for path, leaf in leaves.items() if path.startswith("llm/") or not language_only}
     out: dict[str, Source] = {}
-    for rule in load.rules(model.config):
-        leaf = leaves.pop(rule.path, None)
+    for rule in load.rules(config):
+        if language_only and not rule.path.startswith("llm/"):
+            continue
+        leaf = left.pop(rule.path, None)
         if leaf is None:
             assert rule.optional, f"the model has no {rule.path}"
             continue
         count, shape = (leaf.shape[0], leaf.shape[1:]) if rule.stacked else (1, leaf.shape)
-        out |= {name: (rule, leaf, i, rule.torch_shape(shape)) for i, name in enumerate(rule.names(count))}
-    assert not leaves, f"parameters without a torch name: {sorted(leaves)}"
+        names = [n.removeprefix("language_model.") if language_only else n for n in rule.names(count)]
+        out |= {name: (rule, leaf, i, rule.torch_shape(shape)) for i, name in enumerate(names)}
+    assert not left, f"parameters without a torch name: {sorted(left)}"
     return out
 
 
-def _reader(sources: Mapping[str, Source], specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> Any:
-    """A function that fetches each parameter from its device once: its layers are asked for one after the other."""
+def _reader(
+    sources: Mapping[str, Source], specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]], tally: native.Tally
+) -> Callable[[str], np.ndarray]:
+    """A function that fetches each parameter from its device once: its layers are asked for one after the other.
+
+    Arrays on disk are fetched layer by layer.
+    """
     held: dict[str, np.ndarray] = {}
 
     def read(name: str) -> np.ndarray:
         rule, leaf, layer, _ = sources[name]
         if rule.path not in held:
             held.clear()
-            held[rule.path] = np.asarray(jax.device_get(leaf))
+            held[rule.path] = leaf if isinstance(leaf, np.ndarray) else np.asarray(jax.device_get(leaf))
         array = held[rule.path][layer] if rule.stacked else held[rule.path]
-        return rule.to_torch(array).astype(specs[name][0], copy=False)
+        return tally.add(name, rule.path, rule.to_torch(array).astype(specs[name][0], copy=False))
 
     return read
 

@@ -7,6 +7,8 @@ What `config.json` cannot say, because the reference keeps it in code, goes unde
                     num_attention_heads, num_frames, mlp_ratio
     hico_jax        our own, absent when everything is as published: tokens_per_frame, tokens_per_image,
                     pretrain_grid, pretrain_frames, faithful_dtype, dtype (of activations)
+
+The InternVL models have another `config.json`: hico_jax/convert/hf_internvl.py.
 """
 
 from __future__ import annotations
@@ -17,25 +19,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from hico_jax.batch import DropSchedule
+from hico_jax.convert import hf_internvl
 from hico_jax.models.compress.tome import ToMeConfig
 from hico_jax.models.hico import HiCoConfig
+from hico_jax.models.llm.internlm2 import InternLM2Config
 from hico_jax.models.llm.qwen2 import Qwen2Config
+from hico_jax.models.vision.internvideo2 import InternVideo2Config
 from hico_jax.models.vision.umt import UMTConfig
 
 MODEL_TYPES = ("llava_qwen", "llava_qwen_flash", "videochat_flash_qwen")
 PROJECTOR = "tome16_mlp_hd64"
-NOMINAL_BLOCKS = 24  # of the published UMT-L
+NOMINAL_BLOCKS = {"umt": 24, "internvideo2": 40}  # of the published towers
 
 # Tower names are matched by substring, in this order; the first hit decides. None: not built here.
-TOWERS: tuple[tuple[str, int | None], ...] = (
+TOWERS: tuple[tuple[str, tuple[type, int] | None], ...] = (
     ("openai", None),
     ("laion", None),
     ("ShareGPT4V", None),
     ("clip", None),
     ("siglip", None),
-    ("internvideo2", None),
-    ("umt-hd", 448),
-    ("umt", 224),
+    ("internvideo2", (InternVideo2Config, 224)),
+    ("umt-hd", (UMTConfig, 448)),
+    ("umt", (UMTConfig, 224)),
 )
 
 ACTIVATIONS = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
@@ -80,17 +85,21 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def from_raw(raw: Mapping[str, Any]) -> HiCoConfig:
-    """Our configuration of a reference checkpoint.
+OWN_VISION = ("pretrain_grid", "pretrain_frames", "image_positions")  # fields of a tower that go under "hico_jax"
+
+
+def from_raw(raw: Mapping[str, Any], name: str = "") -> HiCoConfig:
+    """Our configuration of a reference checkpoint. `name`, of its folder, tells what only the InternVL names tell.
 
     Raises:
       ValueError: a model, tower or projector that is not built here, or a key that is missing; says which are.
     """
     kind = raw.get("model_type")
+    if kind == hf_internvl.MODEL_TYPE:
+        return hf_internvl.from_raw(raw, name)
     if kind not in MODEL_TYPES:
-        raise ValueError(
-            f"config.json has model_type {kind!r}, which is not supported yet; supported are {', '.join(MODEL_TYPES)}"
-        )
+        known = ", ".join((*MODEL_TYPES, hf_internvl.MODEL_TYPE))
+        raise ValueError(f"config.json has model_type {kind!r}, which is not supported yet; supported are {known}")
     if raw.get("mm_projector_type", PROJECTOR) != PROJECTOR:
         raise ValueError(f"config.json has mm_projector_type {raw['mm_projector_type']!r}; supported is {PROJECTOR!r}")
     ours = _section(raw, "hico_jax")
@@ -117,29 +126,31 @@ def from_raw(raw: Mapping[str, Any]) -> HiCoConfig:
     )
 
 
-def _vision(raw: Mapping[str, Any], ours: Mapping[str, Any]) -> UMTConfig:
+def _vision(raw: Mapping[str, Any], ours: Mapping[str, Any]) -> UMTConfig | InternVideo2Config:
     name = str(_need(raw, "mm_vision_tower"))
-    image_px = next((px for part, px in TOWERS if part in name), None)
-    if image_px is None:
-        known = ", ".join(f"{part!r} ({px} px)" for part, px in TOWERS if px)
+    tower = next((found for part, found in TOWERS if part in name), None)
+    if tower is None:
+        known = ", ".join(f"{part!r} ({found[1]} px)" for part, found in TOWERS if found)
         raise ValueError(
             f"config.json has mm_vision_tower {name!r}; this tower is not supported yet. "
             f"Supported are names that contain {known}."
         )
+    kind, image_px = tower
     given = _section(raw, "vision_config")
-    nominal = given.get("num_hidden_layers", NOMINAL_BLOCKS)
+    nominal = given.get("num_hidden_layers", NOMINAL_BLOCKS[kind.arch])
     select = raw.get("mm_vision_select_layer", -2)
-    return UMTConfig(
-        image_px=given.get("image_size", image_px),
-        patch_px=given.get("patch_size", UMTConfig.patch_px),
-        embed_dim=given.get("hidden_size", UMTConfig.embed_dim),
-        num_blocks=nominal + select + 1 if select < 0 else nominal,
-        num_heads=given.get("num_attention_heads", UMTConfig.num_heads),
-        mlp_ratio=given.get("mlp_ratio", UMTConfig.mlp_ratio),
-        frames_per_clip=raw.get("mm_local_num_frames") or given.get("num_frames", UMTConfig.frames_per_clip),
-        pretrain_grid=ours.get("pretrain_grid", UMTConfig.pretrain_grid),
-        pretrain_frames=ours.get("pretrain_frames", UMTConfig.pretrain_frames),
-    )
+    names = {
+        "image_size": "image_px", "patch_size": "patch_px", "hidden_size": "embed_dim",
+        "num_attention_heads": "num_heads", "mlp_ratio": "mlp_ratio", "num_frames": "frames_per_clip",
+    }  # fmt: skip
+    sizes = {"image_px": image_px} | {mine: given[theirs] for theirs, mine in names.items() if theirs in given}
+    if raw.get("mm_local_num_frames"):
+        sizes["frames_per_clip"] = raw["mm_local_num_frames"]
+    own = {key: ours[key] for key in OWN_VISION if key in ours and key in kind.__dataclass_fields__}
+    return kind(num_blocks=nominal + select + 1 if select < 0 else nominal, **sizes, **own)
+
+
+ROPE = ("rope_kind", "rope_factor", "rope_original")
 
 
 def to_raw(config: HiCoConfig, raw: Mapping[str, Any] | None = None, *, torch_dtype: str = "float32") -> dict[str, Any]:
@@ -148,10 +159,12 @@ def to_raw(config: HiCoConfig, raw: Mapping[str, Any] | None = None, *, torch_dt
     Raises:
       ValueError: an architecture whose `config.json` is not known.
     """
-    if not (isinstance(config.vision, UMTConfig) and isinstance(config.compressor, ToMeConfig)):
+    if config.vision.arch == "internvit" and config.llm.arch == "internlm2":
+        return hf_internvl.to_raw(config, raw, torch_dtype=torch_dtype)
+    if config.vision.arch not in NOMINAL_BLOCKS or config.compressor.arch != "tome" or config.llm.arch != "qwen2":
         raise ValueError(
-            f"cannot write config.json of {type(config.vision).__name__} with {type(config.compressor).__name__}; "
-            "only UMT towers with ToMe have a form the reference knows"
+            f"cannot write config.json of {config.vision.arch} with {config.compressor.arch} and {config.llm.arch}: "
+            "the reference knows UMT or InternVideo2 with Qwen2, and InternViT with InternLM2, each with ToMe"
         )
     out = copy.deepcopy(dict(DEFAULTS if raw is None else raw))
     before = None if raw is None else from_raw(raw)
@@ -159,9 +172,10 @@ def to_raw(config: HiCoConfig, raw: Mapping[str, Any] | None = None, *, torch_dt
         return out
     vision, llm, drop = config.vision, config.llm, config.drop
     side = vision.image_px
-    if before is None or before.vision.image_px != side:
+    if before is None or (before.vision.arch, before.vision.image_px) != (vision.arch, side):
         out["image_grid_pinpoints"] = [[i * side, j * side] for i in range(1, 7) for j in range(1, 7)]
-        out["mm_vision_tower"] = "umt-hd-large" if side == 448 else "umt-large"
+        umt = "umt-hd-large" if side == 448 else "umt-large"
+        out["mm_vision_tower"] = umt if vision.arch == "umt" else "internvideo2"
     select = out.setdefault("mm_vision_select_layer", -2)
     out |= {
         "hidden_size": llm.embed_dim,
@@ -184,6 +198,11 @@ def to_raw(config: HiCoConfig, raw: Mapping[str, Any] | None = None, *, torch_dt
         out["initializer_range"] = llm.init_std
     if "head_dim" in out or llm.head_dim * llm.num_heads != llm.embed_dim:
         out["head_dim"] = llm.head_dim
+    scaled = {} if llm.rope_kind == "default" else {
+        "type": llm.rope_kind, "factor": llm.rope_factor, "original_max_position_embeddings": llm.rope_original,
+    }  # fmt: skip
+    if before is None or any(getattr(before.llm, key) != getattr(llm, key) for key in ROPE):
+        out["rope_scaling"] = scaled or None
     if drop.num_stages:
         out |= {
             "llm_compress_type": drop.kind,
@@ -192,9 +211,8 @@ def to_raw(config: HiCoConfig, raw: Mapping[str, Any] | None = None, *, torch_dt
         }
     for key in ("vision_config", "hico_jax"):
         out.pop(key, None)
-    if _vision(out, {}) != dataclasses.replace(
-        vision, remat=False, pretrain_grid=UMTConfig.pretrain_grid, pretrain_frames=UMTConfig.pretrain_frames
-    ):
+    usual_vision = {key: vision.__dataclass_fields__[key].default for key in OWN_VISION if hasattr(vision, key)}
+    if _vision(out, {}) != dataclasses.replace(vision, remat=False, **usual_vision):
         out["vision_config"] = {
             "image_size": side,
             "patch_size": vision.patch_px,
@@ -204,21 +222,41 @@ def to_raw(config: HiCoConfig, raw: Mapping[str, Any] | None = None, *, torch_dt
             "num_frames": vision.frames_per_clip,
             "mlp_ratio": vision.mlp_ratio,
         }
-    own = dataclasses.asdict(config.compressor) | {
-        "pretrain_grid": vision.pretrain_grid,
-        "pretrain_frames": vision.pretrain_frames,
-        "dtype": config.dtype,
-    }
-    usual = dataclasses.asdict(ToMeConfig()) | {
-        "pretrain_grid": UMTConfig.pretrain_grid,
-        "pretrain_frames": UMTConfig.pretrain_frames,
-        "dtype": ACTIVATIONS.get(torch_dtype, HiCoConfig.dtype),
-    }
+    own = dataclasses.asdict(config.compressor) | {key: getattr(vision, key) for key in usual_vision}
+    own["dtype"] = config.dtype
+    usual = dataclasses.asdict(ToMeConfig()) | usual_vision
+    usual["dtype"] = ACTIVATIONS.get(torch_dtype, HiCoConfig.dtype)
     changed = {key: value for key, value in own.items() if value != usual[key]}
     if changed:
         out["hico_jax"] = changed
     assert _same(from_raw(out), config), (out, config)
     return out
+
+
+def language_raw(config: HiCoConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.json` of the language model alone, from that of the whole model: stock Qwen2, or InternLM2."""
+    if config.llm.arch == "internlm2":
+        return {**raw["llm_config"], "torch_dtype": raw["torch_dtype"]}
+    own = {
+        key: raw[key]
+        for key in (
+            "attention_dropout", "bos_token_id", "eos_token_id", "head_dim", "hidden_act", "hidden_size",
+            "initializer_range", "intermediate_size", "max_position_embeddings", "max_window_layers",
+            "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_scaling",
+            "rope_theta", "sliding_window", "tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache",
+            "use_sliding_window", "vocab_size",
+        )
+        if key in raw
+    }  # fmt: skip
+    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"} | own
+
+
+def language_config(raw: Mapping[str, Any], base: HiCoConfig) -> HiCoConfig:
+    """`base` with the language model of a plain Qwen2 or InternLM2 `config.json`."""
+    if raw.get("model_type") == "qwen2":
+        return dataclasses.replace(base, llm=Qwen2Config.from_hf(raw))
+    llm = InternLM2Config.from_hf(raw)
+    return dataclasses.replace(base, llm=llm, vision=dataclasses.replace(base.vision, merge_heads=llm.num_heads))
 
 
 def _same(a: HiCoConfig, b: HiCoConfig) -> bool:

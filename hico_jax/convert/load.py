@@ -1,7 +1,8 @@
 """Released weights to our parameters, checked against the model before anything is read.
 
-In: a folder with `config.json` and safetensors in the reference's layout. Out: the configuration, the model, and
-`config.json` as it was, for export. Each tensor is read once and put where it belongs; random weights never exist.
+In: a folder with `config.json` and safetensors, in the reference's layout or in ours (`native.py`). Out: the
+configuration, the model, and the released `config.json` as it was, for export. Each tensor is read once and put
+where it belongs; random weights never exist.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from hico_jax import registry
-from hico_jax.convert import hf_config, safetensors_io
+from hico_jax.convert import hf_config, native, safetensors_io, sources
 from hico_jax.convert.rules import Rule, match
 from hico_jax.models import projector
 from hico_jax.models.hico import HiCo, HiCoConfig
@@ -56,26 +57,34 @@ def load(
     """
     folder = pathlib.Path(folder)
     raw = read_config(folder)
-    config = hf_config.from_raw(raw)
+    ours = native.is_native(raw)
+    if ours and not raw["whole"]:
+        raise ValueError(f"{folder} holds a part of a model only; name it in init.weights, or convert a whole model")
+    raw = raw["released"] if ours else raw
+    config = hf_config.from_raw(raw, folder.resolve().name)
     if activations is not None:
         config = dataclasses.replace(config, dtype=activations)
-    tensors = safetensors_io.open_tensors(folder)
     graph, state = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
     wanted = by_path(state)
-    plan, problems = _plan(wanted, tensors, rules(config))
-    problems += _absent(wanted, plan, rules(config))
-    _raise(problems, f"{folder} does not fit the model that its {CONFIG} describes")
     places = by_path(shardings(state, mesh)) if mesh is not None else {}
+    if ours:
+        values = _native(folder, wanted, None, dtype, places)
+        return Loaded(config, nnx.merge(graph, _fill(state, values)), raw)
+    tensors = sources.open_any(folder)
+    plan = plan_whole(wanted, tensors, rules(config), f"{folder} does not fit the model that its {CONFIG} describes")
     values = {path: _read(rule, tensors, leaf, dtype, places.get(path)) for path, (rule, leaf) in plan.items()}
     return Loaded(config, nnx.merge(graph, _fill(state, values)), raw)
 
 
 def load_into(
-    model: HiCo, sources: Sequence[str | os.PathLike[str]], *, mesh: Mesh | None = None
+    model: HiCo, files: Sequence[str | os.PathLike[str]], *, mesh: Mesh | None = None
 ) -> tuple[HiCo, tuple[str, ...]]:
-    """The model with the parameters that `sources` hold, and their paths; others keep their values and all their dtype.
+    """The model with the parameters that `files` (or folders) hold, and their paths.
 
-    A source may hold a part only: a language model, a tower, a projector. A later source wins.
+    Others keep their values, and all keep their dtype.
+
+    Each may hold a part only: a language model, a tower, a projector; in the reference's layout or in ours. A later
+    one wins.
 
     Raises:
       ValueError: a source with no tensor of this model, or with one that does not fit or is only partly there.
@@ -84,15 +93,60 @@ def load_into(
     wanted = by_path(state)
     places = by_path(shardings(state, mesh)) if mesh is not None else {}
     values: dict[str, jax.Array] = {}
-    for source in sources:
-        tensors = safetensors_io.open_tensors(source)
-        plan, problems = _plan(wanted, tensors, rules(model.config))
-        if not plan and not problems:
-            problems = [f"none of its {len(tensors)} tensors is of this model"]
-        _raise(problems, f"{source} does not fit the model")
-        for path, (rule, leaf) in plan.items():
-            values[path] = _read(rule, tensors, leaf, str(leaf.dtype), places.get(path))
+    for file in files:
+        path = pathlib.Path(file) / CONFIG
+        if path.is_file() and native.is_native(read_config(path.parent)):
+            dtypes = {name: str(leaf.dtype) for name, leaf in wanted.items()}
+            values |= _native(path.parent, wanted, native.read(path.parent), dtypes, places)
+            continue
+        tensors = sources.open_any(file, num_blocks=model.config.vision.num_blocks)
+        for name, (rule, leaf) in plan_part(wanted, tensors, rules(model.config), f"{file}").items():
+            values[name] = _read(rule, tensors, leaf, str(leaf.dtype), places.get(name))
     return nnx.merge(graph, _fill(state, values)), tuple(values)
+
+
+def plan_whole(
+    wanted: Mapping[str, Any], tensors: safetensors_io.Tensors, table: Sequence[Rule], what: str
+) -> dict[str, tuple[Rule, Any]]:
+    """Which rule and leaf each path takes from the tensors of a whole model.
+
+    Raises:
+      ValueError: something is missing, of another shape or type, or unknown; lists all of it.
+    """
+    plan, problems = _plan(wanted, tensors, table)
+    _raise(problems + _absent(wanted, plan, table), what)
+    return plan
+
+
+def plan_part(
+    wanted: Mapping[str, Any], tensors: safetensors_io.Tensors, table: Sequence[Rule], source: str
+) -> dict[str, tuple[Rule, Any]]:
+    """The same for tensors of which some may be missing, as long as each parameter is there with all its layers."""
+    plan, problems = _plan(wanted, tensors, table)
+    if not plan and not problems:
+        problems = [f"none of its {len(tensors)} tensors is of this model"]
+    _raise(problems, f"{source} does not fit the model")
+    return plan
+
+
+def _native(
+    folder: pathlib.Path, wanted: Mapping[str, Any], part: safetensors_io.Tensors | None, dtype: Any, places: Any
+) -> dict[str, jax.Array]:
+    """Arrays of our own folder, each shard read from disk as it lies. `part` given: only what it holds is asked for."""
+    tensors = native.read(folder) if part is None else part
+    _raise(native.problems(wanted, tensors, wanted if part is None else tensors), f"{folder} does not fit the model")
+    values = {}
+    for path in tensors:
+        array = tensors[path]
+        kind = dtype.get(path) if isinstance(dtype, Mapping) else dtype
+        kind = jnp.dtype(kind) if kind else array.dtype
+        place = places.get(path)
+        if place is None:
+            values[path] = jnp.asarray(np.array(array, kind))
+        else:
+            cut = lambda index, array=array, kind=kind: np.array(array[index], kind)
+            values[path] = jax.make_array_from_callback(array.shape, place, cut)
+    return values
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -118,7 +172,7 @@ def rules(config: HiCoConfig) -> tuple[Rule, ...]:
     return (
         *registry.VISION[config.vision.arch].TORCH_NAMES,
         *registry.COMPRESSOR[config.compressor.arch].TORCH_NAMES,
-        *projector.TORCH_NAMES,
+        *projector.torch_names(config.projector),
         *registry.LLM[config.llm.arch].TORCH_NAMES,
     )
 
@@ -159,6 +213,8 @@ def _plan(
             shape = tensors.entries[name].shape if name in present else "missing"
             if shape != expected:
                 problems.append(_problem(name, rule.path, shape, expected))
+            elif not jnp.issubdtype(tensors.entries[name].dtype, jnp.floating):
+                problems.append(_problem(name, rule.path, tensors.entries[name].dtype, "floating-point numbers"))
         problems += [_problem(n, rule.path, tensors.entries[n].shape, f"{layers} layers") for n in present - set(names)]
         plan[rule.path] = (rule, leaf)
     return plan, problems
@@ -192,7 +248,9 @@ def _read(rule: Rule, tensors: safetensors_io.Tensors, leaf: Any, dtype: str | N
     host = np.empty(leaf.shape, jnp.dtype(dtype) if dtype else widest)
     for i, name in enumerate(names):
         target = host[i] if rule.stacked else host
-        target[...] = rule.to_ours(tensors[name], sizes)
+        tensor = tensors[name]
+        sources.check_finite(name, tensor)
+        target[...] = rule.to_ours(tensor, sizes)
     if place is None:
         return jnp.asarray(host)
     return jax.make_array_from_callback(host.shape, place, lambda index: host[index])

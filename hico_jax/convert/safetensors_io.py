@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -41,6 +41,9 @@ DTYPES: dict[str, np.dtype] = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
+Read = Callable[[str], np.ndarray | Iterable[np.ndarray]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """Where one tensor lies."""
@@ -64,6 +67,17 @@ class Tensors(Mapping[str, np.ndarray]):
             return np.zeros(entry.shape, entry.dtype)
         raw = np.memmap(entry.file, np.uint8, "r", offset=entry.start, shape=(entry.stop - entry.start,))
         return raw.view(np.ndarray).view(entry.dtype).reshape(entry.shape)
+
+    def items_on_disk(self) -> Iterable[tuple[str, Entry]]:
+        """Names and where their tensors lie; `items` would read them."""
+        return self.entries.items()
+
+    def forget(self, name: str) -> None:
+        """Tell the system that this tensor's bytes need not stay in its cache: a large file is read once."""
+        entry = self.entries[name]
+        if hasattr(os, "posix_fadvise"):
+            with entry.file.open("rb") as f:
+                os.posix_fadvise(f.fileno(), entry.start, entry.stop - entry.start, os.POSIX_FADV_DONTNEED)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -179,13 +193,14 @@ def _read_index(folder: pathlib.Path) -> dict[str, Entry]:
 def write_tensors(
     folder: pathlib.Path,
     specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
-    read: Callable[[str], np.ndarray],
+    read: Read,
     *,
     max_shard_bytes: int = 5_000_000_000,
 ) -> list[str]:
     """Write `read(name)` for every name of `specs`, one tensor in memory at a time; the files' names.
 
-    One file if all fits in `max_shard_bytes`, else several and an index, in the order of `specs`.
+    `read` may give a tensor in pieces, one after the other along its first axis. One file if all fits in
+    `max_shard_bytes`, else several and an index, in the order of `specs`.
     """
     shards: list[list[str]] = [[]]
     filled = total = 0
@@ -208,9 +223,7 @@ def write_tensors(
     return [*names, INDEX]
 
 
-def write_file(
-    file: pathlib.Path, specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]], read: Callable[[str], np.ndarray]
-) -> None:
+def write_file(file: pathlib.Path, specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]], read: Read) -> None:
     """Write one file: under another name first, renamed when it is whole.
 
     Raises:
@@ -230,9 +243,16 @@ def write_file(
     def chunks() -> Iterator[bytes | memoryview]:
         yield len(text).to_bytes(8, "little") + text
         for name, (dtype, shape) in specs.items():
-            array = read(name)
-            assert (array.dtype, array.shape) == (dtype, shape), (name, array.dtype, array.shape, dtype, shape)
-            yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            given = read(name)
+            if isinstance(given, np.ndarray):
+                assert given.shape == shape, (name, given.shape, shape)
+                given = [given]
+            left = math.prod(shape)
+            for array in given:
+                assert array.dtype == dtype, (name, array.dtype, dtype)
+                left -= array.size
+                yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            assert left == 0, (name, left)
 
     write_atomically(file, chunks())
 

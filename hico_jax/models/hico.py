@@ -16,7 +16,7 @@ from flax import nnx
 
 from hico_jax.batch import Batch, DropSchedule, Geometry
 from hico_jax.models.llm.decoder import Stream
-from hico_jax.models.projector import Projector
+from hico_jax.models.projector import KINDS, Projector
 from hico_jax.parallel.sharding import shard
 from hico_jax.shapes import Array, Float, Int, UInt8
 
@@ -34,7 +34,7 @@ class VisionConfig(Protocol):
     @property
     def embed_dim(self) -> int: ...
     @property
-    def num_heads(self) -> int: ...
+    def merge_heads(self) -> int: ...  # heads over which a compressor averages patches before comparing them
     def build(self, *, rngs: nnx.Rngs) -> Any: ...
 
 
@@ -70,8 +70,11 @@ class HiCoConfig:
     drop: DropSchedule = dataclasses.field(default_factory=DropSchedule)  # video-level compression; off, as released
     max_length: int = 32768  # longest row after visual expansion (`tokenizer_model_max_length`)
     dtype: str = "bfloat16"  # of activations; "float32" for parity
+    projector: str = "mlp"  # or "norm_mlp", which the InternVL models have (`projector.py`)
 
     def __post_init__(self) -> None:
+        if self.projector not in KINDS:
+            raise ValueError(f"model.projector is {self.projector!r}; it must be one of {', '.join(KINDS)}")
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"model.dtype is {self.dtype!r}; it must be 'bfloat16' or 'float32'")
         if self.drop.num_stages and self.drop.layers[-1] >= self.llm.num_layers:
@@ -102,8 +105,10 @@ class HiCo(nnx.Module):
     def __init__(self, config: HiCoConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.vision = config.vision.build(rngs=rngs)
-        self.compressor = config.compressor.build(num_heads=config.vision.num_heads)
-        self.projector = Projector(config.vision.embed_dim, config.llm.embed_dim, rngs=rngs)
+        self.compressor = config.compressor.build(num_heads=config.vision.merge_heads)
+        self.projector = Projector(
+            config.vision.embed_dim, config.llm.embed_dim, normed=config.projector == "norm_mlp", rngs=rngs
+        )
         self.llm = config.llm.build(rngs=rngs)
 
     def __call__(self, batch: Batch) -> Stream:

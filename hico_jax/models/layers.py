@@ -101,19 +101,57 @@ def gelu(x: Float[Array, "*lead"]) -> Float[Array, "*lead"]:
     return jax.nn.gelu(x, approximate=False)
 
 
+ROPE_KINDS = ("default", "yarn", "dynamic")
+
+
 def rotary_angles(
-    positions: Int[Array, "B L"], head_dim: int, theta: float
+    positions: Int[Array, "B L"],
+    head_dim: int,
+    theta: float,
+    *,
+    kind: str = "default",
+    factor: float = 1.0,
+    original: int = 32768,
 ) -> tuple[Float[Array, "B L d"], Float[Array, "B L d"]]:
     """cos and sin of the rotary angles in float32, halves duplicated ([x1 | x2] layout).
 
     The frequencies are rounded to float32 where the reference rounds them: one unit in their last place turns
     the angle of position 32,000 by 0.001.
+
+    Args:
+      kind: "yarn" (arXiv 2309.00071) slows low frequencies by `factor` and scales cos and sin, at every length.
+        "dynamic" (`InternLM2DynamicNTKScalingRotaryEmbedding`) raises theta for rows longer than `original`, by the
+        row's own length: a decoding step has its own theta, and keys in a cache keep the rotation they had.
+      original: positions the model was trained on.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     inverse = np.float32(1) / np.power(theta, exponent.astype(np.float64)).astype(np.float32)
+    scale = np.float32(1)
+    if kind == "yarn":
+        inverse, scale = yarn(inverse, theta, factor, original), np.float32(0.1 * math.log(factor) + 1)
     angles = positions[..., None].astype(jnp.float32) * inverse
+    if kind == "dynamic":
+        length = positions.max(axis=1, keepdims=True).astype(jnp.float32) + 1
+        stretch = jnp.maximum(length * np.float32(factor / original) - np.float32(factor - 1), np.float32(1))
+        power = -np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim - 2)
+        angles = angles * jnp.exp(jnp.log(stretch)[..., None] * power)
     angles = jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def yarn(
+    inverse: Float[np.ndarray, " f"], theta: float, factor: float, original: int, fast: float = 32.0, slow: float = 1.0
+) -> Float[np.ndarray, " f"]:
+    """Frequencies of YaRN: those that turn `fast` times within `original` positions stay, those below `slow` divide
+    by `factor`, the others lie between (`_compute_yarn_parameters` of transformers)."""
+    width = 2 * len(inverse)
+
+    def place(turns: float) -> float:
+        return width * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(place(fast)), 0), min(math.ceil(place(slow)), width - 1)
+    ramp = np.clip((np.arange(len(inverse), dtype=np.float32) - low) / max(high - low, 0.001), 0, 1)
+    return (inverse / np.float32(factor) * ramp + inverse * (1 - ramp)).astype(np.float32)
 
 
 def rotate(

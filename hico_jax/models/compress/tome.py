@@ -45,6 +45,7 @@ class ToMeConfig:
 
 VARIANTS = {
     "tome16": ToMeConfig(),
+    "tome64": ToMeConfig(tokens_per_frame=64),
     "nano": ToMeConfig(tokens_per_frame=4, tokens_per_image=16),
     "tiny": ToMeConfig(tokens_per_frame=1, tokens_per_image=2),
 }

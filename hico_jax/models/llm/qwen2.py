@@ -7,7 +7,7 @@ Next: hico_jax/models/llm/decoder.py
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -42,6 +42,9 @@ class Qwen2Config:
     norm_eps: float = 1e-6
     tied: bool = False  # the unembedding is the embedding transposed
     max_positions: int = 32768  # positions seen in training; longer rows run, at the user's risk
+    rope_kind: str = "default"  # or "yarn", "dynamic": how positions beyond `rope_original` are reached
+    rope_factor: float = 1.0
+    rope_original: int = 32768  # positions before the scaling; unused by "default"
     init_std: float = 0.02  # of random matrices; a small model learns sooner from about 1 / sqrt(embed_dim)
     remat: bool = False  # recompute each layer in the backward pass instead of keeping its activations
 
@@ -50,6 +53,11 @@ class Qwen2Config:
             raise ValueError(
                 f"num_heads is {self.num_heads} and num_kv_heads {self.num_kv_heads}; the first must be a multiple of "
                 "the second"
+            )
+        if self.rope_kind not in layers.ROPE_KINDS or self.rope_factor < 1:
+            raise ValueError(
+                f"rope_kind is {self.rope_kind!r} with rope_factor {self.rope_factor}; it must be one of "
+                f"{', '.join(layers.ROPE_KINDS)} with a factor of at least 1"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
@@ -87,16 +95,44 @@ class Qwen2Config:
             )
         ours = {ours: config[theirs] for theirs, ours in names.items()}
         head_dim = config.get("head_dim") or ours["embed_dim"] // ours["num_heads"]
+        ours |= {name: float(ours[name]) for name in ("rope_theta", "norm_eps")}
         return cls(
             **ours,
             head_dim=head_dim,
             tied=bool(config.get("tie_word_embeddings", False)),
             init_std=float(config.get("initializer_range", 0.02)),
+            **rope_scaling(config, ("yarn",)),
         )
 
     def build(self, *, rngs: nnx.Rngs) -> Qwen2:
         """The language model with random weights."""
         return Qwen2(self, rngs=rngs)
+
+    def block(self, *, rngs: nnx.Rngs) -> Block:
+        """One decoder layer with random weights."""
+        return Block(self, Attention(self, rngs=rngs), rngs=rngs)
+
+
+def rope_scaling(config: Mapping[str, Any], built: Sequence[str]) -> dict[str, Any]:
+    """Our fields of the `rope_scaling` of a `config.json`, in its old and its new spelling.
+
+    Raises:
+      ValueError: a scaling that this architecture does not have.
+    """
+    given = config.get("rope_scaling") or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind == "default":
+        return {}
+    extra = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"} & {
+        key for key, value in given.items() if value is not None
+    }
+    if kind not in built or extra or not isinstance(given.get("factor"), int | float):
+        raise ValueError(
+            f"config.json has rope_scaling {dict(given)!r}; built are {', '.join(built)}, each with a factor and "
+            "its usual constants; set rope_scaling to null to go without"
+        )
+    original = given.get("original_max_position_embeddings") or config.get("max_position_embeddings", 32768)
+    return {"rope_kind": kind, "rope_factor": float(given["factor"]), "rope_original": int(original)}
 
 
 _7B = Qwen2Config(
@@ -186,9 +222,9 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One decoder layer: attention and MLP, each behind a norm."""
 
-    def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: Qwen2Config, attn: Any, *, rngs: nnx.Rngs) -> None:
         self.input_norm = layers.RMSNorm(config.embed_dim, eps=config.norm_eps)
-        self.attn = Attention(config, rngs=rngs)
+        self.attn = attn
         self.post_norm = layers.RMSNorm(config.embed_dim, eps=config.norm_eps)
         self.mlp = MLP(config, rngs=rngs)
 
@@ -239,7 +275,7 @@ class Qwen2(nnx.Module):
         self.config = config
         size = (config.vocab_size, config.embed_dim)
         self.embedding = layers.param(layers.normal(rngs, size, config.init_std), ("vocab", "embed"))
-        self.blocks = layers.stack(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs)
+        self.blocks = layers.stack(lambda rngs: config.block(rngs=rngs), config.num_layers, rngs)
         self.norm = layers.RMSNorm(config.embed_dim, eps=config.norm_eps)
         self.unembedding = (
             None if config.tied else layers.param(layers.normal(rngs, size[::-1], config.init_std), ("embed", "vocab"))
@@ -271,7 +307,11 @@ class Qwen2(nnx.Module):
 
     def angles(self, positions: Int[Array, "B L"]) -> tuple[Float[Array, "B L d"], Float[Array, "B L d"]]:
         """cos and sin of the rotary angles, float32."""
-        return layers.rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        config = self.config
+        return layers.rotary_angles(
+            positions, config.head_dim, config.rope_theta,
+            kind=config.rope_kind, factor=config.rope_factor, original=config.rope_original,
+        )  # fmt: skip
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         return shard(self.embedding[...][tokens], "batch", "length", None)

@@ -58,6 +58,10 @@ class UMTConfig:
     def mlp_dim(self) -> int:
         return int(self.embed_dim * self.mlp_ratio)
 
+    @property
+    def merge_heads(self) -> int:
+        return self.num_heads
+
     def build(self, *, rngs: nnx.Rngs) -> UMT:
         """The tower with random weights."""
         return UMT(self, rngs=rngs)
@@ -78,7 +82,7 @@ class UMT(nnx.Module):
 
     def __init__(self, config: UMTConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.patch = PatchEmbed(config, rngs=rngs)
+        self.patch = PatchEmbed(config.patch_px, config.embed_dim, rngs=rngs)
         self.blocks = layers.stack(lambda r: Block(config, rngs=r), config.num_blocks, rngs)
         self.norm = layers.LayerNorm(config.embed_dim, eps=1e-12, axis="vision_embed")
 
@@ -110,10 +114,9 @@ class UMT(nnx.Module):
 class PatchEmbed(nnx.Module):
     """Cut frames into squares and project each: the reference's 3-D convolution of one frame, as a matrix product."""
 
-    def __init__(self, config: UMTConfig, *, rngs: nnx.Rngs) -> None:
-        side = config.patch_px
+    def __init__(self, side: int, width: int, *, rngs: nnx.Rngs) -> None:
         bound = 1 / math.sqrt(side * side * 3)  # PyTorch's default for a convolution, which the reference keeps
-        shape = (side, side, 3, config.embed_dim)
+        shape = (side, side, 3, width)
         weight = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
         bias = jax.random.uniform(rngs.params(), shape[-1:], jnp.float32, -bound, bound)
         self.w = layers.param(weight, (None, None, None, "vision_embed"))
@@ -189,6 +192,19 @@ def positions(
     table = table.reshape(-1, embed_dim)
     table.setflags(write=False)
     return table
+
+
+def stretch(table: Float[ndarray, "T Y X E"], frames: int, rows: int, cols: int) -> Float[ndarray, "t y x E"]:
+    """A table of learned positions for another clip: bicubic within a frame, linear along time."""
+    for axis, length, kernel in ((2, cols, _cubic), (1, rows, _cubic), (0, frames, _linear)):
+        if table.shape[axis] != length:
+            table = _resample(table, axis, length, kernel)
+    return table
+
+
+def stretching(old: int, new: int) -> Float[ndarray, "new old"]:
+    """The matrix that stretches one side of a grid, for positions that are parameters (bicubic)."""
+    return _resample(np.eye(old, dtype=np.float32), 0, new, _cubic)
 
 
 def _resample(

@@ -62,7 +62,7 @@ def test_nothing_is_overwritten_unasked(tmp_path, tiny_model):
         export(tiny_model, folder)
     assert (folder / "notes.txt").exists()
     export(tiny_model, folder, overwrite=True)
-    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="exists"):
         export(tiny_model, tmp_path / "file", overwrite=True)

@@ -8,7 +8,7 @@ import pytest
 from hico_jax import registry
 from hico_jax.batch import DropSchedule
 from hico_jax.convert import hf_config
-from hico_jax.models.vision import umt
+from hico_jax.models.vision import internvideo2, umt
 
 DROP = DropSchedule("uniform0_attention", (1, 2), (1.0, 0.5, 0.25))
 
@@ -60,9 +60,12 @@ def test_towers_by_substring(tower, px):
     assert hf_config.from_raw(released(mm_vision_tower=tower)).vision.image_px == px
 
 
-@pytest.mark.parametrize("tower", ["internvideo2", "internvideo2-after-umt", "google/siglip-umt", "InternViT-300M"])
+@pytest.mark.parametrize("tower", ["openai/internvideo2", "google/siglip-umt", "InternViT-300M"])
 def test_towers_that_are_not_built(tower):
-    with pytest.raises(ValueError, match=r"this tower is not supported yet.*'umt-hd' \(448 px\), 'umt' \(224 px\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"this tower is not supported yet.*'internvideo2' \(224 px\), 'umt-hd' \(448 px\), 'umt' \(224 px\)",
+    ):
         hf_config.from_raw(released(mm_vision_tower=tower))
 
 
@@ -76,7 +79,7 @@ def test_select_layer_counts_blocks():
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"model_type": "internvl_chat"}, "model_type 'internvl_chat', which is not supported yet"),
+        ({"model_type": "llama"}, "model_type 'llama', which is not supported yet; .*internvl_chat"),
         ({"mm_projector_type": "linear"}, "mm_projector_type 'linear'"),
         ({"mm_vision_tower": None}, "lacks mm_vision_tower"),
         ({"mm_hidden_size": 1408}, "mm_hidden_size 1408 but its tower is 1024 wide"),
@@ -90,7 +93,7 @@ def test_mistakes(changes, what):
 
 
 def test_untouched_configuration_comes_back_as_it_was(golden):
-    for raw in (released(), golden.json("F_umt224_ckpt/config.json")):
+    for raw in (released(), *(golden.json(f"F_{n}_ckpt/config.json") for n in ("umt224", "internvideo2"))):
         dtype = raw["torch_dtype"]
         assert hf_config.to_raw(hf_config.from_raw(raw), raw, torch_dtype=dtype) == raw
 
@@ -133,3 +136,31 @@ def test_a_tower_of_our_own_says_its_nominal_depth():
     out = hf_config.to_raw(registry.model_config("tiny"))
     assert out["vision_config"]["num_hidden_layers"] == umt.VARIANTS["tiny"].num_blocks + 1
     assert out["hico_jax"]["pretrain_grid"] == 2
+
+
+def test_internvideo2_by_name_and_from_its_sizes():
+    raw = released(mm_vision_tower="internvideo2-after-umt", mm_hidden_size=1408)
+    assert hf_config.from_raw(raw).vision == internvideo2.VARIANTS["internvideo2-1b"]
+    joint = dataclasses.replace(internvideo2.VARIANTS["internvideo2-1b"], image_positions=False)
+    out = hf_config.to_raw(dataclasses.replace(hf_config.from_raw(raw), vision=joint), raw, torch_dtype="bfloat16")
+    assert out["hico_jax"] == {"image_positions": False}
+    assert hf_config.from_raw(out).vision == joint
+
+
+@pytest.mark.parametrize("spelling", ["type", "rope_type"])
+def test_yarn_is_read_and_written(spelling):
+    scaling = {spelling: "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = hf_config.from_raw(released(rope_scaling=scaling))
+    assert (config.llm.rope_kind, config.llm.rope_factor, config.llm.rope_original) == ("yarn", 4.0, 32768)
+    plain = dataclasses.replace(hf_config.from_raw(released()), llm=config.llm)
+    out = hf_config.to_raw(plain, released(), torch_dtype="bfloat16")
+    assert out["rope_scaling"] == {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    assert hf_config.from_raw(out).llm == config.llm
+
+
+def test_the_language_model_alone():
+    raw = hf_config.to_raw(registry.model_config("umt_qwen2_5_7b_1m"), torch_dtype="bfloat16")
+    alone = hf_config.language_raw(registry.model_config("umt_qwen2_5_7b_1m"), raw)
+    assert (alone["model_type"], alone["rope_theta"], alone["rms_norm_eps"]) == ("qwen2", 1e7, 1e-5)
+    base = registry.model_config("umt_qwen2_7b")
+    assert hf_config.language_config(alone, base).llm == registry.model_config("umt_qwen2_5_7b_1m").llm

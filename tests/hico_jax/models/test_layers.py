@@ -85,3 +85,16 @@ def test_rotation_by_hand():
     c, s = np.cos([2, 0.2]), np.sin([2, 0.2])
     expected = [c[0] - 3 * s[0], 2 * c[1] - 4 * s[1], 3 * c[0] + s[0], 4 * c[1] + 2 * s[1]]
     np.testing.assert_allclose(layers.rotate(jnp.asarray(x), cos, sin).ravel(), expected, rtol=1e-6)
+
+
+def test_yarn_has_the_recorded_constants():
+    """Theta 1e6, width 128, 32,768 positions, four times as many: the values of the NIAH evaluation."""
+    plain = 1e6 ** (-np.arange(64) / 64)
+    slowed = layers.yarn(plain.astype(np.float32), 1e6, 4.0, 32768)
+    ramp = np.clip((np.arange(64) - 23) / (40 - 23), 0, 1)
+    np.testing.assert_allclose(slowed, plain * (1 - ramp) + plain / 4 * ramp, rtol=1e-6)
+    cos, sin = layers.rotary_angles(jnp.zeros((1, 1), jnp.int32), 128, 1e6, kind="yarn", factor=4.0, original=32768)
+    np.testing.assert_allclose(cos, 1.138629436, rtol=1e-7)
+    np.testing.assert_array_equal(sin, 0)
+    cos, _ = layers.rotary_angles(jnp.full((1, 1), 100, jnp.int32), 128, 1e6, kind="yarn", factor=4.0)
+    np.testing.assert_allclose(cos[0, 0, :64], 1.138629436 * np.cos(100 * slowed.astype(float)), atol=1e-5)

@@ -1,0 +1,346 @@
+"""A model from Python: everything `hico ask` does, and the numbers behind it.
+
+    import hico_jax
+
+    model = hico_jax.load("weights/VideoChat-Flash-Qwen2-7B_res448")
+    film = model.watch("film.mp4", max_frames=256)
+    print(model.ask(film, "What happens at the end?").text)
+    talk = model.chat(film)
+    print(talk.say("Who is there?").text)
+    print(talk.say("When do they leave?").text)
+    print(model.ask(None, "Describe both.", images=["a.jpg", "b.jpg"]).text)
+    print(model.count_tokens("How long is this?"), film.num_clips * model.geometry.tokens_per_clip)
+
+In: a folder of released weights, an exported one, or the workdir of a run. Out: answers, token ids, logits.
+Next: hico_jax/film.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from data_pipeline import chat, image, layout
+from data_pipeline.tokenizer import Tokenizer, load_tokenizer
+from hico_jax import ask, film, generate
+from hico_jax.batch import Batch, DropSchedule
+from hico_jax.convert import load as released
+from hico_jax.film import Answer, Film, Viewer
+from hico_jax.generate import GenerationConfig
+from hico_jax.models.hico import HiCo
+from hico_jax.shapes import Array, Float, Int, ndarray
+
+Compress = tuple[str, Sequence[int], Sequence[float]]  # kind, layers, ratios of `batch.DropSchedule`
+Seen = tuple[ndarray, str, tuple[int, int] | None]  # pixels [T 3 S S], "video" or "image", (width, height)
+CLIPS_AT_ONCE = 16
+PAD = 64  # rows are padded to multiples of this, so that rows of about one length share a compilation
+
+
+def load(
+    folder: str | os.PathLike[str],
+    dtype: str | None = None,
+    *,
+    mesh: Mesh | None = None,
+    tokens_per_frame: int | None = None,
+) -> Model:
+    """Read a model.
+
+    Args:
+      dtype: "float32" or "bfloat16", of parameters and activations; None keeps what the folder says.
+      mesh: where to put the parameters; None is the default device.
+      tokens_per_frame: 16 or 64 for an InternVL HiCo model whose folder does not say R16 or R64.
+
+    Raises:
+      ValueError: the folder holds no model, a damaged one, or one that is not supported.
+    """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ValueError(f"dtype is {dtype!r}; it must be 'float32', 'bfloat16' or None")
+    folder = pathlib.Path(folder)
+    raw = released.read_config(folder)
+    if "model_type" in raw:
+        model = released.load(folder, dtype=dtype, activations=dtype, mesh=mesh).model
+        tokenizer_folder = folder
+    else:
+        model, tokenizer_folder = ask.load_model(folder)
+        if dtype is not None:
+            model = _reshaped(jax.tree.map(lambda p: p.astype(dtype), model), dtype=dtype)
+    if tokens_per_frame is not None:
+        model = _reshaped(
+            model, compressor=dataclasses.replace(model.config.compressor, tokens_per_frame=tokens_per_frame)
+        )
+    return Model(model, tokenizer_folder, eos=_eos(folder, raw))
+
+
+class Model:
+    """A whole model with its tokenizer. `load` makes one; `hico` holds the parameters."""
+
+    def __init__(self, hico: HiCo, folder: str | os.PathLike[str] | None = None, *, eos: Sequence[int] = ()) -> None:
+        self.hico, self.folder, self.eos = hico, folder, tuple(eos)
+        self.geometry = hico.config.geometry()
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer in the model's folder.
+
+        Raises:
+          ValueError: there is none, or it knows more tokens than the model.
+        """
+        if self.folder is None:
+            raise ValueError("this model was made without a folder, so it has no tokenizer")
+        found = load_tokenizer(self.folder)
+        check_vocabulary(found.vocab_size, self.hico.config.llm.vocab_size, os.fspath(self.folder))
+        return found
+
+    @functools.cached_property
+    def viewer(self) -> Viewer:
+        """What watches films for this model."""
+        return Viewer(self.hico, self.tokenizer, sampling=ask.whole_clips(film.INFERENCE, self.hico))
+
+    def watch(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        max_frames: int | None = None,
+        start: float | None = None,
+        end: float | None = None,
+        reader: str | None = None,
+    ) -> Film:
+        """Read and encode a film once; ask about it as often as you like."""
+        viewer = self.viewer
+        if max_frames is not None:
+            sampling = dataclasses.replace(
+                film.INFERENCE, max_frames=max_frames, min_frames=min(film.INFERENCE.min_frames, max_frames)
+            )
+            viewer = Viewer(self.hico, self.tokenizer, sampling=ask.whole_clips(sampling, self.hico))
+        return viewer.watch(path, start=start, end=end, reader=reader)
+
+    def ask(
+        self,
+        seen: Film | str | os.PathLike[str] | None,
+        question: str,
+        *,
+        images: Sequence[str | os.PathLike[str] | Image.Image] = (),
+        history: Sequence[Mapping[str, str]] = (),
+        settings: GenerationConfig | None = None,
+    ) -> Answer:
+        """Answer a question about a film, about images, or about nothing.
+
+        One image is cut into tiles, several are padded to squares, as in training. `history` holds earlier turns.
+
+        Raises:
+          ValueError: film and images together, or images for a model that has never seen one.
+        """
+        seen = self.watch(seen) if isinstance(seen, str | os.PathLike) else seen
+        if not images:
+            return self.viewer.ask(seen, question, history=history, config=settings)
+        if seen is not None:
+            raise ValueError("a question is about a film or about images, not both; ask twice")
+        turns = [*history, {"role": "user", "content": question}]
+        first = chat.first_question(turns[0]["content"], placeholders=len(images))
+        ids = chat.prompt_ids(self.tokenizer, [{"role": "user", "content": first}, *turns[1:]])
+        settings = settings or GenerationConfig(eos=self.tokenizer.eos_ids)
+        return self._answer(ids, self.see_images(images), settings)
+
+    def chat(
+        self, seen: Film | str | os.PathLike[str] | None = None, *, settings: GenerationConfig | None = None
+    ) -> Chat:
+        """A talk of several turns; the film is encoded once."""
+        seen = self.watch(seen) if isinstance(seen, str | os.PathLike) else seen
+        return Chat(self, seen, settings)
+
+    def count_tokens(self, text: str) -> int:
+        """How many ids a text has."""
+        return len(self.tokenizer.encode(text))
+
+    def see_images(self, images: Sequence[str | os.PathLike[str] | Image.Image]) -> list[Seen]:
+        """Images as `logits` and `generate_ids` take them."""
+        pictures = [i.convert("RGB") if isinstance(i, Image.Image) else image.read_image(i) for i in images]
+        cut = image.picture_tiles(pictures, self.geometry.image_px)
+        return [
+            (np.moveaxis(image.normalize(tiles), -1, 1), "image", picture.size)
+            for picture, (tiles, _) in zip(pictures, cut, strict=True)
+        ]
+
+    def logits(
+        self, ids: Sequence[int] | ndarray, visuals: Sequence[Seen] = (), compress: Compress | None = None
+    ) -> Float[ndarray, "L V"]:
+        """Float32 logits of every token that is alive after the last layer, visual ones among them.
+
+        Args:
+          ids: token ids with -200 in the place of each visual (a video may also have one in each frame's place).
+          visuals: pixels float32 [T, 3, S, S], already normalized; "video" or "image" (tiles on the first axis);
+            the (width, height) of an image before it was cut, which an image of several tiles needs.
+          compress: kind, layers and ratios of video-level compression; None: as the checkpoint says.
+
+        Raises:
+          ValueError: visuals that do not fit the ids, or pixels of a shape that the model does not take.
+        """
+        model = self._compressing(compress)
+        with _exact(model):
+            batch, visual = self._prompt(model, ids, visuals)
+            logits, real = _logits(model, batch, visual)
+        return np.asarray(logits[0])[: int(real[0])]
+
+    def generate_ids(
+        self,
+        ids: Sequence[int] | ndarray,
+        visuals: Sequence[Seen] = (),
+        max_new_tokens: int = 512,
+        compress: Compress | None = None,
+    ) -> list[int]:
+        """The likeliest continuation, token by token: greedy, no penalty. Arguments as in `logits`.
+
+        It ends after an end token of the folder's `generation_config.json` (of `config.json`, where that file is
+        absent), which is among the ids.
+        """
+        model = self._compressing(compress)
+        config = GenerationConfig(max_new_tokens=max_new_tokens, eos=self.eos)
+        with _exact(model):
+            made = generate.generate(model, self._prompt(model, ids, visuals), config)
+        return made.ids[0, : made.lengths[0]].tolist()
+
+    def _answer(self, ids: Sequence[int], visuals: Sequence[Seen], settings: GenerationConfig) -> Answer:
+        batch, visual = self._prompt(self.hico, ids, visuals)
+        made = generate.generate(self.hico, (batch, visual), settings)
+        said = made.ids[0, : made.lengths[0]].tolist()
+        count = int((np.asarray(batch.slots) >= 0).sum())
+        text = chat.clean_answer(self.tokenizer, said)
+        tokens = int((np.asarray(batch.segments) > 0).sum())
+        return Answer(text, tuple(said), tokens, count, self.geometry.drop.kept(count), 0.0)
+
+    def _compressing(self, compress: Compress | None) -> HiCo:
+        if compress is None:
+            return self.hico
+        kind, layers, ratios = compress
+        schedule = DropSchedule(kind, tuple(int(n) for n in layers), tuple(float(r) for r in ratios))
+        return self.hico if schedule == self.hico.config.drop else ask.with_drop(self.hico, schedule)
+
+    def _prompt(
+        self, model: HiCo, ids: Sequence[int] | ndarray, visuals: Sequence[Seen]
+    ) -> tuple[Batch, Float[Array, "1 S D"]]:
+        geometry = model.config.geometry()
+        ids = np.asarray(ids, np.int64).reshape(-1)
+        places = int((ids < 0).sum())
+        visuals = visuals if places else ()  # a text may carry a dummy image, as the reference's batches do
+        if self.hico.config.projector == "norm_mlp" and all(len(pixels) == 1 for pixels, _, _ in visuals) and visuals:
+            visuals = [(np.concatenate([pixels for pixels, _, _ in visuals]), "video", None)]  # frames one by one
+        described = [self._describe(seen) for seen in visuals]
+        if len(described) != places:  # a place for each frame, or for each token
+            described = _spread(described, places, geometry.frames_per_clip, geometry.tokens_per_clip)
+        limit = len(ids) + sum(len(v[0]) for v in visuals) * geometry.tokens_per_image + geometry.max_length
+        whole = self.hico.config.llm.arch == "internlm2"  # its reference has no limit
+        row = layout.row(ids, None, described, geometry, max_length=limit if whole else None)
+        length = -(-len(row) // PAD) * PAD
+        batch = layout.collate([row], geometry, length, training=False, pixels=False)
+        films = [np.moveaxis(np.asarray(p, np.float32), 1, -1) for p, kind, _ in visuals if kind == "video"]
+        tiles = [np.moveaxis(np.asarray(p, np.float32), 1, -1) for p, kind, _ in visuals if kind == "image"]
+        clips = [f.reshape(-1, geometry.frames_per_clip, *f.shape[1:]) for f in films]
+        parts = [_in_chunks(model, np.concatenate(clips), "clips")] if clips else []
+        parts += [_in_chunks(model, np.concatenate(tiles), "images")] if tiles else []
+        blank = jnp.zeros((1, 0, model.config.llm.embed_dim), jnp.dtype(model.config.dtype))
+        return batch, jnp.concatenate([blank, *parts], axis=1)
+
+    def _describe(self, seen: Seen) -> layout.Visual:
+        pixels, kind, size = seen
+        px = self.geometry.image_px
+        if np.ndim(pixels) != 4 or np.shape(pixels)[1] != 3:
+            raise ValueError(f"pixels have shape {np.shape(pixels)}; give [frames or tiles, 3, {px}, {px}]")
+        if kind == "video":
+            return layout.Visual.film(len(pixels), self.geometry)
+        if kind != "image":
+            raise ValueError(f"a visual is {kind!r}; it must be 'video' or 'image'")
+        if self.hico.config.projector == "norm_mlp":
+            raise ValueError("the InternVL HiCo models take videos only; give the image four times as a video")
+        if len(pixels) == 1:
+            return layout.Visual.picture(1)
+        if size is None:
+            raise ValueError(f"an image of {len(pixels)} tiles comes without its size; give (width, height)")
+        across, down = image.grid_shape((int(size[0]), int(size[1])), px)
+        return layout.Visual.picture(len(pixels), (down, across))
+
+
+class Chat:
+    """Several turns about one film. A question that fails leaves the talk as it was."""
+
+    def __init__(self, model: Model, seen: Film | None, settings: GenerationConfig | None = None) -> None:
+        self.model, self.seen, self.settings = model, seen, settings
+        self.history: list[dict[str, str]] = []
+
+    def say(self, question: str) -> Answer:
+        """The next turn's answer."""
+        answer = self.model.ask(self.seen, question, history=self.history, settings=self.settings)
+        self.history += [{"role": "user", "content": question}, {"role": "assistant", "content": answer.text}]
+        return answer
+
+
+def check_vocabulary(tokenizer: int, model: int, where: str) -> None:
+    """A tokenizer that knows more tokens than the model has rows would read past its embedding.
+
+    Raises:
+      ValueError: so it is.
+    """
+    if tokenizer > model:
+        raise ValueError(
+            f"the tokenizer of {where} has {tokenizer} tokens but the model has rows for {model}; "
+            "take the tokenizer that the weights were released with"
+        )
+
+
+def _spread(visuals: list[layout.Visual], places: int, frames: int, tokens: int) -> list[layout.Visual]:
+    """Films over several placeholders: one for each of their frames, or for each of their tokens."""
+    for per_clip in (frames, tokens):
+        if places == sum(v.num_clips * per_clip or 1 for v in visuals):
+            return [dataclasses.replace(v, parts=v.num_clips * per_clip) if v.num_clips else v for v in visuals]
+    return visuals  # `layout.row` says what is wrong
+
+
+@jax.jit
+def _logits(model: HiCo, batch: Batch, visual: Array) -> tuple[Float[Array, "B L V"], Int[Array, " B"]]:
+    stream, _ = model.llm(model.splice(batch, visual), batch.drop, schedule=model.config.drop)
+    return generate.logits_of(model.llm, stream.x), (stream.segments > 0).sum(1)
+
+
+def _in_chunks(model: HiCo, pixels: ndarray, kind: str) -> Float[Array, "1 S D"]:
+    """Visual tokens of clips or tiles, a few at a time; the last chunk is padded and cut again."""
+    step = min(CLIPS_AT_ONCE, len(pixels))
+    frames, side = model.config.vision.frames_per_clip, pixels.shape[-3:]
+    parts, per = [], 0
+    for first in range(0, len(pixels), step):
+        chunk = pixels[first : first + step]
+        real = len(chunk)
+        chunk = np.concatenate([chunk, np.zeros((step - real, *chunk.shape[1:]), np.float32)])[None]
+        none = np.zeros((1, 0, frames, *side) if kind == "images" else (1, 0, *side), np.float32)
+        encoded = film.encode(model, none, chunk) if kind == "images" else film.encode(model, chunk, none)
+        per = encoded.shape[1] // step
+        parts.append(encoded[:, : real * per])
+    return jnp.concatenate(parts, axis=1)
+
+
+def _exact(model: HiCo) -> Any:
+    """Full float32 products for a float32 model: who asks for numbers wants them exact."""
+    return jax.default_matmul_precision("highest" if model.config.dtype == "float32" else "default")
+
+
+def _reshaped(model: HiCo, **changes: Any) -> HiCo:
+    return ask.with_config(model, dataclasses.replace(model.config, **changes))
+
+
+def _eos(folder: pathlib.Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
+    path = folder / "generation_config.json"
+    try:
+        found = json.loads(path.read_text("utf-8")) if path.is_file() else raw
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    eos = found.get("eos_token_id")
+    return () if eos is None else tuple(int(i) for i in (eos if isinstance(eos, list) else [eos]))

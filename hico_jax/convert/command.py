@@ -1,0 +1,138 @@
+"""`hico convert` and `hico export`: released weights to our folder, and any of our weights back.
+
+In: the command's options. Out: a folder, and two lines that say what is in it. Both stream from disk to disk.
+Next: hico_jax/convert/native.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from data_pipeline.tokenizer import load_tokenizer
+from hico_jax import registry
+from hico_jax.convert import export, hf_config, hf_internvl, load, native, sources
+from hico_jax.models.hico import HiCoConfig
+
+LANGUAGE = {"qwen2": "umt_qwen2_7b", "internlm2": "internvl_hico_r16"}  # plain language models, and what they begin
+
+
+def main_convert(args: argparse.Namespace) -> int:
+    """Write the weights of SRC into DST in our layout.
+
+    Raises:
+      ValueError: SRC is damaged, not supported, or does not fit; or DST cannot be written.
+    """
+    source, target = pathlib.Path(args.source), pathlib.Path(os.path.abspath(args.target))
+    export.check_target(target, args.overwrite)
+    if not source.exists():
+        raise ValueError(f"{source} does not exist; give a folder of released weights, or a file of a part of them")
+    raw, whole, config = _described(source, args)
+    tensors = sources.open_any(source, allow_pickle=args.allow_pickle, num_blocks=config.vision.num_blocks)
+    wanted = load.by_path(nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))[1])
+    fit = f"{source} does not fit the model that its {load.CONFIG} describes"
+    table = load.rules(config)
+    plan = (
+        load.plan_whole(wanted, tensors, table, fit) if whole else load.plan_part(wanted, tensors, table, str(source))
+    )
+    folder = source if source.is_dir() else source.parent
+    side = native.side_files(folder) if source.is_dir() else []
+    check_tokenizer(folder, side, config)
+    dtype = jnp.dtype(args.dtype) if args.dtype else None
+    size = sum(int(np.prod(leaf.shape)) for _, leaf in plan.values())
+    width = dtype.itemsize if dtype else max((e.dtype.itemsize for _, e in tensors.items_on_disk()), default=1)
+    with export.new_folder(target, size * width) as temporary:
+        export.copy_files(side, temporary)
+        limit = args.max_shard_bytes
+        receipt = native.write(temporary, plan, tensors, raw, whole=whole, dtype=dtype, max_shard_bytes=limit)
+    print(receipt.text("imported", str(target)))
+    return 0
+
+
+def _described(source: pathlib.Path, args: argparse.Namespace) -> tuple[dict[str, Any], bool, HiCoConfig]:
+    """The released `config.json`, whether SRC is a whole model, and our configuration of it (or of what it begins)."""
+    path = (source if source.is_dir() else source.parent) / load.CONFIG
+    whole = args.like is None and source.is_dir()
+    if not whole:
+        if args.like is None:
+            raise ValueError(f"{source} is a part of a model; say of which with --like (a name of `hico models`)")
+        config = registry.model_config(args.like)
+        raw = hf_config.to_raw(config, None, torch_dtype="bfloat16")
+        if source.is_dir() and path.is_file():
+            given = load.read_config(source)
+            if given.get("model_type") in LANGUAGE:
+                config = hf_config.language_config(given, config)
+                raw = hf_config.to_raw(config, None, torch_dtype="bfloat16")
+        return raw, False, config
+    raw = load.read_config(source)
+    if native.is_native(raw):
+        raise ValueError(f"{source} is in our layout already; `hico export` writes it in the released one")
+    if raw.get("model_type") in LANGUAGE:
+        config = hf_config.language_config(raw, registry.model_config(LANGUAGE[raw["model_type"]]))
+        return hf_config.to_raw(config, None, torch_dtype="bfloat16"), False, config
+    config = hf_config.from_raw(raw, source.resolve().name)
+    if args.tokens_per_frame is not None:
+        compressor = dataclasses.replace(config.compressor, tokens_per_frame=args.tokens_per_frame)
+        config = dataclasses.replace(config, compressor=compressor)
+    if config.vision.arch == "internvit" and config.compressor.tokens_per_frame != 16:
+        raw = hf_internvl.to_raw(config, raw, torch_dtype=str(raw.get("torch_dtype", "bfloat16")))
+    return raw, True, config
+
+
+def check_tokenizer(folder: pathlib.Path, side: list[pathlib.Path], config: HiCoConfig) -> None:
+    """A tokenizer must not know more tokens than the model.
+
+    Raises:
+      ValueError: it does.
+    """
+    if not {path.name for path in side} & {"tokenizer.json", "tokenizer.model"}:
+        return
+    found = load_tokenizer(folder).vocab_size
+    if found > config.llm.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {folder} has {found} tokens but the model has rows for {config.llm.vocab_size}; "
+            "take the tokenizer that the weights were released with"
+        )
+
+
+def main_export(args: argparse.Namespace) -> int:
+    """Write the weights of SRC into DST as the reference lays them out.
+
+    Raises:
+      ValueError: SRC holds no weights that can be exported, or DST cannot be written.
+    """
+    source = pathlib.Path(args.source)
+    raw = load.read_config(source)
+    side: list[pathlib.Path] = native.side_files(source)
+    released: dict[str, Any] | None = None
+    if native.is_native(raw):
+        if not raw["whole"]:
+            raise ValueError(f"{source} holds a part of a model only; train from it, or convert a whole model")
+        released = dict(raw["released"])
+        config = hf_config.from_raw(released)
+        tensors = native.read(source)
+        wanted = load.by_path(nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))[1])
+        wrong = native.problems(wanted, tensors, wanted)
+        if wrong:
+            raise ValueError(f"{source} does not fit its own {load.CONFIG}: " + "; ".join(wrong))
+        leaves: dict[str, Any] = {path: tensors[path] for path in tensors}
+    else:
+        from hico_jax import ask  # a run's workdir needs the whole house
+
+        model, tokenizer = ask.load_model(source)
+        released = raw if "model_type" in raw else None
+        config, leaves = model.config, load.by_path(nnx.split(model)[1])
+        side = side or native.side_files(tokenizer if tokenizer.is_dir() else tokenizer.parent)
+    receipt = export.write_released(
+        config, leaves, args.target, raw=released, files=side, dtype=args.dtype, overwrite=args.overwrite,
+        max_shard_bytes=args.max_shard_bytes, language_only=args.part == "llm",
+    )  # fmt: skip
+    print(receipt.text("exported", os.path.abspath(args.target)))
+    return 0

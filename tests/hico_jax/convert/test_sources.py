@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from hico_jax.convert import sources
+from tests.hico_jax.convert import pickled
+
+TOWER = "model.vision_tower.vision_tower"
+ONE = np.ones(2, np.float32)
+
+
+def names_of(tmp_path, names, **options):
+    file = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file(dict.fromkeys(names, ONE), file)
+    return set(sources.open_any(file, **options))
+
+
+def test_the_raw_umt_file(tmp_path):
+    names = ["encoder.patch_embed.proj.weight", "encoder.blocks.0.norm1.weight", "encoder.blocks.23.norm1.weight",
+             "encoder.norm.weight", "decoder.x", "clip_decoder.0.head.weight"]  # fmt: skip
+    assert names_of(tmp_path, names, num_blocks=23) == {
+        f"{TOWER}.encoder.patch_embed.proj.weight", f"{TOWER}.encoder.blocks.0.norm1.weight",
+        f"{TOWER}.encoder.vision_layernorm.weight",
+    }  # fmt: skip
+
+
+def test_the_raw_internvideo2_file(tmp_path):
+    names = ["pos_embed", "img_pos_embed", "cls_token", "patch_embed.proj.bias", "blocks.38.ls1.weight",
+             "blocks.39.ls1.weight", "clip_projector.norm1_k.weight"]  # fmt: skip
+    assert names_of(tmp_path, names, num_blocks=39) == {f"{TOWER}.{n}" for n in names[:5]}
+
+
+def test_plain_internlm2_and_internvit(tmp_path):
+    names = ["model.tok_embeddings.weight", "model.layers.0.attention.wo.weight", "output.weight"]
+    assert names_of(tmp_path, names) == {f"language_model.{n}" for n in names}
+    names = ["embeddings.class_embedding", "encoder.layers.0.ls1"]
+    assert names_of(tmp_path, names) == {f"vision_model.{n}" for n in names}
+
+
+def test_whole_models_qwen2_and_projectors_keep_their_names(tmp_path):
+    for names in (
+        {"model.embed_tokens.weight", f"{TOWER}.pos_embed"},
+        {"model.embed_tokens.weight", "lm_head.weight"},
+        {"model.mm_projector.mlp.0.weight"},
+        {"vision_model.embeddings.class_embedding", "language_model.output.weight"},
+    ):
+        assert names_of(tmp_path, names) == names
+
+
+def test_pickled_files_are_asked_for(tmp_path):
+    pickled.save(tmp_path / "mm_projector.bin", {"model.mm_projector.mlp.0.bias": ONE})
+    for source in (tmp_path, tmp_path / "mm_projector.bin"):
+        with pytest.raises(ValueError, match="pass --allow-pickle"):
+            sources.open_any(source)
+        np.testing.assert_array_equal(sources.open_any(source, allow_pickle=True)["model.mm_projector.mlp.0.bias"], ONE)
+
+
+def test_pickled_shards(tmp_path):
+    pickled.save(tmp_path / "1.bin", {"model.norm.weight": ONE})
+    index = {"weight_map": {"model.norm.weight": "1.bin"}}
+    (tmp_path / sources.BIN_INDEX).write_text(json.dumps(index))
+    assert set(sources.open_any(tmp_path, allow_pickle=True)) == {"model.norm.weight"}
+    (tmp_path / "1.bin").unlink()
+    with pytest.raises(ValueError, match=r"names '1\.bin', which is missing"):
+        sources.open_any(tmp_path, allow_pickle=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ml_dtypes.bfloat16])
+def test_numbers_that_are_none(dtype):
+    tensor = np.array([0, -1, 3e4], dtype)
+    sources.check_finite("x", tensor)
+    for bad in (np.nan, np.inf, -np.inf):
+        tensor[1] = bad
+        with pytest.raises(ValueError, match="x has 1 numbers of 3 that are NaN or infinite"):
+            sources.check_finite("x", tensor)
+    sources.check_finite("count", np.array([1, 2]))
