@@ -172,6 +172,43 @@ def _check_ask(args: argparse.Namespace) -> None:
         raise ValueError(f"--end {args.end:g} is not after --start {args.start:g}")
 
 
+def _eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="mvbench, mlvu, lvbench, perceptiontest, longvideobench, "
+                        "videomme, videomme_w_subtitle or charades_sta")  # fmt: skip
+    parser.add_argument("--model", metavar="FOLDER", required=True, help="released, exported or trained weights")
+    parser.add_argument(
+        "--annotations", metavar="PATH", required=True, help="the official annotation file, or the folder it is in"
+    )
+    parser.add_argument("--videos", metavar="DIR", help="folder of the videos (that of the annotations)")
+    parser.add_argument("--subtitles", metavar="DIR", help="folder of the subtitles, where the benchmark reads them")
+    parser.add_argument("--out", metavar="DIR", help="where answers and reports go (runs/eval/NAME)")
+    parser.add_argument("--max-frames", metavar="N", type=_positive, help="(the reference's: 512, or 640 for LVBench)")
+    parser.add_argument("--limit", metavar="N", type=_positive, help="only the first N questions of each file")
+    parser.add_argument("--shard", metavar="I/N", type=parse_shard, default=(0, 1), help="this process's share, from 0")
+    parser.add_argument("--drop", metavar="KIND:LAYERS:RATIOS", type=parse_drop, help="as of `hico ask`")
+    parser.add_argument(
+        "--repetition-penalty", metavar="R", type=_not_negative, help="(the model's generation_config.json, as there)"
+    )
+    parser.add_argument("--fresh", action="store_true", help="ask everything anew")
+
+
+def _check_eval(args: argparse.Namespace) -> None:
+    if args.fresh and args.shard[1] > 1:
+        raise ValueError("--fresh would take away what other shares have answered; choose a new --out instead")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`I/N` as numbers.
+
+    Raises:
+      argparse.ArgumentTypeError: not two numbers with 0 <= I < N.
+    """
+    index, _, number = text.partition("/")
+    if not (index.isdigit() and number.isdigit() and int(index) < int(number)):
+        raise argparse.ArgumentTypeError(f"{text!r} does not read as I/N with I from 0 to N - 1, for example 0/8")
+    return int(index), int(number)
+
+
 def _world(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", default="world", help="folder of the videos and annotations (%(default)s)"
@@ -268,6 +305,16 @@ COMMANDS: dict[str, Command] = {
         None,
         TRAIN_HELP,
         resume="The same command goes on from the last checkpoint.",
+    ),
+    "eval": Command(
+        "hico_jax.evals.bench.command:main",
+        "score a model on a benchmark, as the reference does and strictly",
+        _eval,
+        "examples:\n  hico eval videomme --model weights/ --annotations videomme/ --videos videomme/data\n"
+        "  for i in 0 1 2 3; do hico eval mvbench --model weights/ --annotations MVBench/json --videos MVBench/video "
+        "--shard $i/4 & done",
+        resume="The same command asks the questions that are left.",
+        check=_check_eval,
     ),
     "world": Command(
         "hico_jax.world:main",
