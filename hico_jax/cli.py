@@ -209,6 +209,38 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(index), int(number)
 
 
+def _niah(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="FOLDER", required=True, help="released, exported or trained weights")
+    parser.add_argument("--out", metavar="DIR", default="runs/niah", help="where everything is written (%(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="start over instead of going on from what DIR holds")
+    hidden = parser.add_argument_group("what is hidden, and where (the made-up world, so that no download is needed)")
+    hidden.add_argument("--haystack", metavar="VIDEO", help="the film; one frame a second is taken")
+    hidden.add_argument("--repeat", action="store_true", help="show a film that is too short again and again")
+    hidden.add_argument("--needles", metavar="FILE.json", help="pictures and questions in the paper's format")
+    hidden.add_argument("--images", metavar="DIR", help="where its pictures are (beside the file)")
+    hidden.add_argument(
+        "--hops", metavar="N", type=_positive, default=1, help="2 or more: chains of hints (%(default)s)"
+    )
+    hidden.add_argument("--count", metavar="N", type=_positive, default=20, help="how many needles (%(default)s)")
+    hidden.add_argument("--letters", action="store_true", help="ask the made-up world's questions with four options")
+    hidden.add_argument("--seed", type=_count, default=0, help="of the made-up world (%(default)s)")
+    tried = parser.add_argument_group("what is tried")
+    tried.add_argument(
+        "--frames", metavar="N,N", type=_list(_positive), default=(64, 256, 1024), help="lengths (64,256,1024)"
+    )
+    tried.add_argument(
+        "--depths", metavar="D,D", type=_list(_share), default=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), help="from 0 to 1"
+    )
+    tried.add_argument("--insertion", choices=("both", "feature", "pixel"), default="both", help="(%(default)s)")
+    tried.add_argument(
+        "--prompt", choices=("paper", "chat"), help="without the time message, or as `hico ask` (paper for --needles)"
+    )
+
+
+def _list(one: Callable[[str], float]) -> Callable[[str], tuple[float, ...]]:
+    return lambda text: tuple(one(part) for part in text.split(","))
+
+
 def _world(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", default="world", help="folder of the videos and annotations (%(default)s)"
@@ -274,6 +306,7 @@ _count = _number(int, lambda n: n >= 0, "a whole number, 0 or more")
 _positive = _number(int, lambda n: n >= 1, "a whole number, 1 or more")
 _seconds = _number(float, lambda s: 0 <= s < float("inf"), "a time in seconds, 0 or more")
 _not_negative = _number(float, lambda x: 0 <= x < float("inf"), "a number, 0 or more")
+_share = _number(float, lambda p: 0 <= p <= 1, "a number from 0 to 1")
 _fraction = _number(float, lambda p: 0 < p <= 1, "a number above 0 and at most 1")
 
 TRAIN_HELP = """The configuration is a file; a colon picks a structure, a dot tunes a value:
@@ -315,6 +348,15 @@ COMMANDS: dict[str, Command] = {
         "--shard $i/4 & done",
         resume="The same command asks the questions that are left.",
         check=_check_eval,
+    ),
+    "niah": Command(
+        "hico_jax.evals.niah.command:main",
+        "hide pictures in a long film and ask about them, at every depth and length",
+        _niah,
+        "examples:\n  hico niah --model runs/demo/model\n"
+        "  hico niah --model weights/ --haystack film.mkv --needles niah-coco-singlehop_20.json --images images/ "
+        "--frames 1000,5000,10000\n  hico niah --model runs/demo/model --hops 5",
+        resume="The same command tries what is left.",
     ),
     "world": Command(
         "hico_jax.world:main",

@@ -30,6 +30,10 @@ SURFACE = {
         "NAME", "--model", "--annotations", "--videos", "--subtitles", "--out", "--max-frames", "--limit", "--shard",
         "--drop", "--repetition-penalty", "--fresh",
     },
+    "niah": {
+        "--model", "--out", "--fresh", "--haystack", "--repeat", "--needles", "--images", "--hops", "--count",
+        "--letters", "--seed", "--frames", "--depths", "--insertion", "--prompt",
+    },
     "world": {"--out", "--preset", "--seed", "--film", "--seconds", "--needle-at"},
     "doctor": {"--json"},
     "models": {"--json"},
@@ -185,6 +189,7 @@ def test_every_command_says_how_to_go_on_after_ctrl_c(
     target(name, raises(KeyboardInterrupt()))
     rest = {
         "ask": ["v", "hi"], "train": ["--config=c"], "eval": ["mvbench", "--model", "m", "--annotations", "a"],
+        "niah": ["--model", "m"],
     }  # fmt: skip
     assert cli.main([name, *rest.get(name, [])]) == cli.INTERRUPTED
     err = capsys.readouterr().err.strip()

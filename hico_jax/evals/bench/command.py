@@ -18,7 +18,7 @@ from data_pipeline.frames import Sampling
 from data_pipeline.tokenizer import load_tokenizer
 from hico_jax import ask, film
 from hico_jax.batch import DropSchedule
-from hico_jax.evals import card
+from hico_jax.evals import card, journal
 from hico_jax.evals.bench import annotations, report, runner, scores, tasks
 from hico_jax.models.hico import HiCo
 from hico_jax.report import progress
@@ -45,14 +45,14 @@ def main(args: argparse.Namespace) -> int:
     penalty = args.repetition_penalty if args.repetition_penalty is not None else shipped_penalty(args.model)
     settings = settings_of(benchmark, sources, loaded, args.model, sampling, penalty, len(items))
     out = pathlib.Path(args.out or f"runs/eval/{benchmark.name}")
-    runner.claim(out, settings, fresh=args.fresh)
+    journal.claim(out, settings, fresh=args.fresh)
     viewer = film.Viewer(loaded, load_tokenizer(tokenizer_folder), sampling=sampling)
     answerer = runner.ModelAnswerer(viewer, repetition_penalty=penalty)
     with progress.bar("questions") as tick:
         runner.run(benchmark, items, answerer, out, shard=args.shard, tick=tick)
     lines = runner.finished(out, items)
     if lines is None:
-        missing = len(items) - len(runner.read(out))
+        missing = len(items) - len(journal.read(out))
         print(f"{out}: this share is done; {missing} questions are left to the other shares")
         return 0
     tell(benchmark, lines, settings, out)

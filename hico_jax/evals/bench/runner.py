@@ -10,20 +10,17 @@ Next: hico_jax/evals/bench/scores.py
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import itertools
-import json
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from data_pipeline.video import VideoError
+from hico_jax.evals import journal
 from hico_jax.evals.bench.tasks import Benchmark, Item, strict
 from hico_jax.film import Film, Viewer
 from hico_jax.generate import GenerationConfig
 
-SETTINGS = "settings.json"
 # How a question went: answered, answered with nothing, the video cannot be read, the prompt is longer than the model
 # takes, the annotation cannot be asked. All but the first count as wrong.
 STATUSES = ("answered", "empty", "unreadable", "too long", "invalid")
@@ -96,15 +93,13 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     videos = [list(group) for group in _by_video(items)]
     mine = [group for i, group in enumerate(videos) if i % shard[1] == shard[0]]
-    with _append(folder / f"answers.{shard[0]}of{shard[1]}.jsonl") as file:
-        done = {line["id"] for line in read(folder)}
+    with journal.Appending(folder / f"answers.{shard[0]}of{shard[1]}.jsonl") as file:
+        done = {line["id"] for line in journal.read(folder)}
         count, total = sum(item.id in done for group in mine for item in group), sum(map(len, mine))
         tick(count, total)
         for group in mine:
             for line in _ask(benchmark, [item for item in group if item.id not in done], answerer):
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+                journal.add(file, line)
                 count += 1
                 tick(count, total)
 
@@ -156,76 +151,9 @@ def _line(benchmark: Benchmark, item: Item, reply: Reply, status: str, note: str
     return line | reply.facts
 
 
-class _append:
-    """A file to append to, alone. What a killed process left of its last line is cut off."""
-
-    def __init__(self, path: pathlib.Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> IO[str]:
-        self.path.touch()
-        self.file = self.path.open("r+", encoding="utf-8")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.file.close()
-            raise ValueError(
-                f"{self.path}: another process is writing it; give each one a --shard of its own"
-            ) from error
-        whole = self.path.read_bytes()
-        self.file.truncate(whole.rfind(b"\n") + 1)
-        self.file.seek(0, os.SEEK_END)
-        return self.file
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-
-def read(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Every answer in the folder; the last line of a file may be unfinished, and is left out.
-
-    Raises:
-      ValueError: a line that is not JSON.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("answers.*.jsonl")):
-        for number, raw in enumerate(path.read_bytes().split(b"\n")[:-1]):
-            try:
-                line = json.loads(raw)
-            except ValueError as error:
-                raise ValueError(f"{path} is damaged in line {number + 1} ({error}); remove it to ask again") from error
-            found.setdefault(line["id"], line)
-    return list(found.values())
-
-
 def finished(folder: pathlib.Path, items: Sequence[Item]) -> list[dict[str, Any]] | None:
     """The answers in the order of the items; None while some are missing."""
-    found = {line["id"]: line for line in read(folder)}
+    found = {line["id"]: line for line in journal.read(folder)}
     if any(item.id not in found for item in items):
         return None
     return [found[item.id] for item in items]
-
-
-def claim(folder: pathlib.Path, settings: dict[str, Any], *, fresh: bool = False) -> None:
-    """Make the folder, or check that its answers were made with these settings.
-
-    Raises:
-      ValueError: they were made with others, which are named.
-    """
-    path = folder / SETTINGS
-    if path.is_file() and not fresh:
-        before = json.loads(path.read_text())
-        differs = [k for k in {**before, **settings} if before.get(k) != settings.get(k)]
-        if differs:
-            was = ", ".join(f"{k} {before.get(k)!r} (now {settings.get(k)!r})" for k in differs)
-            raise ValueError(f"{folder} holds answers made with other settings: {was}; add --fresh, or choose --out")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    old = list(folder.glob("answers.*.jsonl"))
-    if old and not fresh:
-        raise ValueError(f"{folder} holds answers but no {SETTINGS}; add --fresh to ask anew, or choose --out")
-    for path_ in old:
-        path_.unlink()
-    part = path.with_suffix(".tmp")
-    part.write_text(json.dumps(settings, indent=1) + "\n")
-    part.replace(path)

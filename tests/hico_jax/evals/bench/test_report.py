@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from hico_jax.evals import journal
 from hico_jax.evals.bench import report, runner, scores, tasks
 from hico_jax.report import page
 from tests.parrot import Parrot
@@ -36,7 +37,7 @@ def test_a_page_without_answers(tmp_path: pathlib.Path) -> None:
     benchmark = tasks.BENCHMARKS["charades_sta"]
     asked = [tasks.Item(id="x", source="s", groups={"task": "c"}, fault="broken", span=(0, 1))]
     runner.run(benchmark, asked, Parrot(), tmp_path)
-    lines = runner.read(tmp_path)
+    lines = journal.read(tmp_path)
     text = page.render(report.build(benchmark, scores.summarize(benchmark, lines), lines, {"model": "m"}, {}))
     assert "No question was answered" in text
     assert "mIoU" in text

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import re
 from typing import Any
 
 import numpy as np
 import pytest
 
+from hico_jax.evals import journal
 from hico_jax.evals.bench import runner, scores, tasks
 from tests.parrot import Parrot
 
@@ -94,7 +94,7 @@ def test_nothing_is_guessed_for_a_video_that_is_not_there(items: Any, tmp_path: 
     benchmark = tasks.BENCHMARKS["longvideobench"]
     asked = [dataclasses.replace(x, video="/nowhere.mp4") for x in items("longvideobench")]
     runner.run(benchmark, asked, Parrot(), tmp_path)
-    found = scores.summarize(benchmark, runner.read(tmp_path))
+    found = scores.summarize(benchmark, journal.read(tmp_path))
     assert found["reference"]["score"]["share"] == 0
     assert found["counts"]["guessed"] == 0
 
@@ -104,26 +104,6 @@ def test_two_processes_do_not_write_one_file(items: Any, tmp_path: pathlib.Path)
     second = lambda done, total: runner.run(MVBENCH, asked, Parrot(), tmp_path)
     with pytest.raises(ValueError, match="another process is writing it"):
         runner.run(MVBENCH, asked, Parrot(), tmp_path, tick=second)
-
-
-def test_other_settings_are_not_mixed_in(tmp_path: pathlib.Path) -> None:
-    runner.claim(tmp_path / "a", {"max_frames": 64})
-    runner.claim(tmp_path / "a", {"max_frames": 64})
-    with pytest.raises(ValueError, match=r"max_frames 64 \(now 512\)"):
-        runner.claim(tmp_path / "a", {"max_frames": 512})
-    (tmp_path / "a" / "answers.0of1.jsonl").write_text("{}\n")
-    runner.claim(tmp_path / "a", {"max_frames": 512}, fresh=True)
-    assert not list((tmp_path / "a").glob("answers.*"))
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "answers.0of1.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=r"no settings\.json"):
-        runner.claim(tmp_path / "b", {})
-
-
-def test_a_damaged_line_is_named(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "answers.0of1.jsonl").write_text('{"id": "1"}\nnot json\n')
-    with pytest.raises(ValueError, match=re.escape("answers.0of1.jsonl is damaged in line 2")):
-        runner.read(tmp_path)
 
 
 def test_a_line_holds_what_was_asked_and_said(items: Any, tmp_path: pathlib.Path) -> None:
