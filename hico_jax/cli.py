@@ -237,6 +237,49 @@ def _niah(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _compress(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="FOLDER", required=True, help="released, exported or trained weights")
+    parser.add_argument("--out", metavar="DIR", default="runs/compress", help="(%(default)s)")
+    parser.add_argument("--methods", metavar="NAME,NAME", default="all", help="(%(default)s)")
+    parser.add_argument("--tokens-per-frame", metavar="N", type=_positive, help="of every method (the model's own)")
+    parser.add_argument("--max-frames", metavar="N", type=_positive, help="at most this many frames of a video")
+    parser.add_argument("--seed", type=_count, default=0, help="of the made-up world (%(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="start over instead of going on from what DIR holds")
+    asked = parser.add_argument_group("what is asked (the made-up world, by kind of task)")
+    asked.add_argument("--films", metavar="N", type=_positive, default=8, help="of each kind (%(default)s)")
+    asked.add_argument("--seconds", metavar="S", type=_positive, default=64, help="of the long ones (%(default)s)")
+    asked.add_argument("--benchmark", metavar="NAME", help="or a benchmark of `hico eval`")
+    asked.add_argument("--annotations", metavar="PATH", help="of the benchmark")
+    asked.add_argument("--videos", metavar="DIR", help="of the benchmark")
+    asked.add_argument("--subtitles", metavar="DIR", help="of the benchmark")
+    asked.add_argument("--limit", metavar="N", type=_positive, help="only the first N questions of each file")
+
+
+def _bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="FOLDER", required=True, help="released, exported or trained weights")
+    parser.add_argument("--out", metavar="DIR", default="runs/bench", help="(%(default)s)")
+    parser.add_argument(
+        "--frames", metavar="N,N", type=_list(_positive), default=(64, 256, 1000, 4000, 10000),
+        help="lengths (64,256,1000,4000,10000)",
+    )  # fmt: skip
+    parser.add_argument("--film", metavar="VIDEO", help="its first frames are used (a film is made)")
+    parser.add_argument(
+        "--drop", dest="drop_text", metavar="KIND:LAYERS:RATIOS", type=_drop_text, help="the video level's schedule"
+    )
+    parser.add_argument(
+        "--max-tokens", metavar="N", type=_positive, default=200_000, help="longer rows are left out (%(default)s)"
+    )
+    parser.add_argument(
+        "--timeout", metavar="S", type=_seconds, default=0.0, help="of one line; 0 is none (%(default)s)"
+    )
+    parser.add_argument("--fresh", action="store_true", help="start over instead of going on from what DIR holds")
+
+
+def _drop_text(text: str) -> str:
+    parse_drop(text)
+    return text
+
+
 def _list(one: Callable[[str], float]) -> Callable[[str], tuple[float, ...]]:
     return lambda text: tuple(one(part) for part in text.split(","))
 
@@ -357,6 +400,21 @@ COMMANDS: dict[str, Command] = {
         "  hico niah --model weights/ --haystack film.mkv --needles niah-coco-singlehop_20.json --images images/ "
         "--frames 1000,5000,10000\n  hico niah --model runs/demo/model --hops 5",
         resume="The same command tries what is left.",
+    ),
+    "compress": Command(
+        "hico_jax.evals.compress.command:main",
+        "compare compressors on the same questions: accuracy, tokens, seconds, memory",
+        _compress,
+        "examples:\n  hico compress --model runs/demo/model\n"
+        "  hico compress --model weights/ --benchmark mvbench --annotations MVBench/json --videos MVBench/video",
+        resume="The same command asks the questions that are left.",
+    ),
+    "bench": Command(
+        "hico_jax.evals.compress.bench:main",
+        "time whole inference by number of frames, with the compression on and off",
+        _bench,
+        "example:\n  hico bench --model weights/ --frames 64,1000,10000",
+        resume="The same command times what is left.",
     ),
     "world": Command(
         "hico_jax.world:main",

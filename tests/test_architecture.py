@@ -65,7 +65,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "hico_jax.film": (*_CONTRACT, "hico_jax.models.hico", "hico_jax.generate", "data_pipeline"),
     "hico_jax.evals": (
         *_CONTRACT, "hico_jax.film", "hico_jax.generate", "hico_jax.ask", "hico_jax.models", "hico_jax.registry",
-        "hico_jax.report", "data_pipeline",
+        "hico_jax.report", "hico_jax.cli", "data_pipeline",
     ),
     "hico_jax.report": (),
     "hico_jax.doctor": (),

@@ -34,6 +34,11 @@ SURFACE = {
         "--model", "--out", "--fresh", "--haystack", "--repeat", "--needles", "--images", "--hops", "--count",
         "--letters", "--seed", "--frames", "--depths", "--insertion", "--prompt",
     },
+    "compress": {
+        "--model", "--out", "--methods", "--tokens-per-frame", "--max-frames", "--seed", "--fresh", "--films",
+        "--seconds", "--benchmark", "--annotations", "--videos", "--subtitles", "--limit",
+    },
+    "bench": {"--model", "--out", "--frames", "--film", "--drop", "--max-tokens", "--timeout", "--fresh"},
     "world": {"--out", "--preset", "--seed", "--film", "--seconds", "--needle-at"},
     "doctor": {"--json"},
     "models": {"--json"},
@@ -189,7 +194,7 @@ def test_every_command_says_how_to_go_on_after_ctrl_c(
     target(name, raises(KeyboardInterrupt()))
     rest = {
         "ask": ["v", "hi"], "train": ["--config=c"], "eval": ["mvbench", "--model", "m", "--annotations", "a"],
-        "niah": ["--model", "m"],
+        "niah": ["--model", "m"], "compress": ["--model", "m"], "bench": ["--model", "m"],
     }  # fmt: skip
     assert cli.main([name, *rest.get(name, [])]) == cli.INTERRUPTED
     err = capsys.readouterr().err.strip()

@@ -23,6 +23,7 @@ QUIRKS = {
     "perceptiontest": "any capital A to D that stands alone counts, so 'A man ...' is A; lower case never counts",
     "longvideobench": "an answer that names nothing is guessed at random; of several letters the last one counts",
     "videomme": "the first capital A to D counts even inside a word ('Answer: C' is A); lower case never counts",
+    "world": "none: an answer is right when it is the expected word",
     "grounding": (
         "every 'to' becomes '-', also inside words; units, clock times and dashes other than '-' are not read; the IoU "
         "is over the hull of both spans; a repeated (video, caption, span) is scored once"

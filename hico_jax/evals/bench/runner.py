@@ -147,7 +147,7 @@ def _line(benchmark: Benchmark, item: Item, reply: Reply, status: str, note: str
     }  # fmt: skip
     if status in ("answered", "empty"):
         line["reference"] = dataclasses.asdict(benchmark.reference(item, reply.text))
-        line["strict"] = dataclasses.asdict(strict(item, reply.text))
+        line["strict"] = dataclasses.asdict((benchmark.own or strict)(item, reply.text))
     return line | reply.facts
 
 

@@ -74,6 +74,7 @@ class Benchmark:
     span: bool = False  # answers are spans of time
     drops_empty: bool = False  # the reference leaves empty answers out of its denominator
     needs_subtitles: bool = False
+    own: Judge | None = None  # instead of the strict rule, where answers are neither letters nor spans
 
 
 def read(benchmark: Benchmark, sources: Sources, limit: int | None = None) -> list[Item]:
