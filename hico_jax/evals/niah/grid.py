@@ -41,8 +41,9 @@ class Grid:
             return set()
         counts = {len(needle.pictures) for needle in needles}
         found: set[int] = set()
-        for frames, depth, pictures in itertools.product(self.frames, self.places, counts):
-            found |= haystack.needed(frames, haystack.places(frames, depth, pictures), frames_per_clip)
+        shifts = range(frames_per_clip)
+        for frames, depth, pictures, shift in itertools.product(self.frames, self.places, counts, shifts):
+            found |= haystack.needed(frames, haystack.places(frames, depth, pictures, shift), frames_per_clip)
         return found
 
     def cells(self) -> Iterator[tuple[str, int, float | None]]:
@@ -65,14 +66,15 @@ def run(
     total = len(list(grid.cells())) * sum(len(needle.asked) for needle in needles)
     with journal.Appending(folder / "trials.0.jsonl") as file:
         lines = {line["id"]: line for line in journal.read(folder, "trials")}
-        for needle in needles:
+        for number, needle in enumerate(needles):
             pictures = needle.pictures
             alone = haystack.alone(model, pictures)
             for insertion, frames, depth in grid.cells():
                 names = [f"{insertion}/{frames}/{depth}/{needle.id}/{asked.name}" for asked in needle.asked]
                 if all(name in lines for name in names):
                     continue
-                where = haystack.places(frames, depth, len(pictures))
+                shift = number % geometry.frames_per_clip if insertion == "pixel" else 0
+                where = haystack.places(frames, depth, len(pictures), shift)
                 if insertion == "feature":
                     trial = haystack.at_features(hay, alone, frames, where, geometry)
                 else:
@@ -83,7 +85,8 @@ def run(
                     found = probe.ask(hay, trial, asked)
                     lines[name] = {
                         "id": name, "insertion": insertion, "frames": frames, "depth": depth, "needle": needle.id,
-                        "asked": asked.name, "question": asked.question, "expected": asked.answer,
+                        "asked": asked.name, "before_frame": where, "question": asked.question,
+                        "expected": asked.answer,
                         **dataclasses.asdict(found),
                     }  # fmt: skip
                     journal.add(file, lines[name])

@@ -116,11 +116,16 @@ def alone(model: HiCo, pictures: Sequence[UInt8[ndarray, "px px 3"]]) -> Float[A
     return encode_clips(model, repeated, len(pictures))
 
 
-def places(num_frames: int, depth: float | None, pictures: int) -> list[int]:
-    """Before which frame each picture stands: at the depth, or for a chain spread from the first to the last frame."""
+def places(num_frames: int, depth: float | None, pictures: int, shift: int = 0) -> list[int]:
+    """Before which frame each picture stands: at the depth, or for a chain spread from the first to the last frame.
+
+    `shift` moves a single picture by some frames. Pixel trials use it to meet clips at every phase: between two clips
+    a needle is a clip of its own, and both kinds of insertion are the same.
+    """
     if pictures == 1:
         assert depth is not None
-        return [int(depth * num_frames)]
+        place = int(depth * num_frames)
+        return [place + shift if place + shift <= num_frames else place - shift]
     return [int(j * num_frames / (pictures - 1)) for j in range(pictures)]
 
 

@@ -57,6 +57,8 @@ def test_a_stopped_run_goes_on(asked_model: HiCo, hay: haystack.Haystack, tmp_pa
     assert asked + len(last.asked) == len(whole)
     assert sorted(x["id"] for x in parts) == sorted(x["id"] for x in whole)
     assert {x["visual_tokens"] for x in whole if x["frames"] == 16} == {20}
+    phases = {tuple(x["before_frame"]) for x in whole if x["insertion"] == "pixel" and x["frames"] == 16}
+    assert phases == {(0,), (6,), (16,), (1,), (7,), (15,)}  # the second needle stands a frame further in its clip
     shares = grid.table(whole, tried, "feature", "forced")
     assert shares == [[1.0, 0.0]] * 3  # 12 and 20 tokens
     assert grid.totals(whole, tried)["pixel"]["forced"]["share"] == 0.5
@@ -88,5 +90,5 @@ def test_joint_scores() -> None:
 def test_pixels_are_kept_only_where_a_needle_cuts() -> None:
     tried = grid.Grid((16,), (0.0, 0.5, 0.7))
     hidden = needles.world(1, 32, 0)
-    assert tried.kept(hidden, 4) == {8, 9, 10, 11}  # frame 11 is inside a clip; 0 and 8 are between two
+    assert tried.kept(hidden, 4) == {0, 1, 2, 3, *range(8, 16)}  # every phase of a clip, but never the second one
     assert grid.Grid((16,), (0.7,), ("feature",)).kept(hidden, 4) == set()

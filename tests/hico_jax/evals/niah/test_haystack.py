@@ -93,6 +93,8 @@ def test_one_frame_a_second_and_repeated_films(asked_model: HiCo, film: pathlib.
 def test_places() -> None:
     assert haystack.places(10, 0.25, 1) == [2]
     assert haystack.places(10, 1.0, 1) == [10]
+    assert haystack.places(10, 0.25, 1, shift=3) == [5]
+    assert haystack.places(10, 1.0, 1, shift=3) == [7]
     assert haystack.places(1000, None, 5) == [0, 250, 500, 750, 1000]
 
 
