@@ -113,8 +113,8 @@ def insert_subtitles(
 
 
 def clock_seconds(text: str) -> float:
-    """Seconds of "H:M:S.s"."""
-    hours, minutes, seconds = text.split(":")
+    """Seconds of "H:M:S.s", or "H:M:S,s" as subtitle files write it."""
+    hours, minutes, seconds = text.replace(",", ".").split(":")
     return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
 
 

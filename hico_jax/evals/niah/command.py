@@ -95,6 +95,7 @@ def tell(lines: Sequence[dict[str, Any]], grid: trials.Grid, settings: dict[str,
     totals = trials.totals(lines, grid)
     tables = {f"{i}, {s}": trials.table(lines, grid, i, s) for i in grid.insertions for s in trials.SCORINGS}
     summary: dict[str, Any] = {"card": settings, "environment": environment, "totals": totals, "tables": tables}
+    summary["control"] = trials.control(lines, grid)
     if grid.chains:
         summary["joint"] = trials.joint(lines, grid)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -114,7 +115,10 @@ def tell(lines: Sequence[dict[str, Any]], grid: trials.Grid, settings: dict[str,
             "level its tokens are put between those of two frames, as in the paper. *Forced*: the right answer's "
             "tokens are the likeliest (the paper's score); *generated*: the model says it.",
         },
-        {"title": "Totals", "blocks": [_totals(totals)]},
+        {
+            "title": "Totals", "blocks": [_totals(totals), _control(summary["control"])],
+            "text": "The last line is the control: the same questions about the film without a needle.",
+        },
     ]  # fmt: skip
     if grid.chains:
         sections.append({"title": "Captions, questions, both", "blocks": [_joint(summary["joint"])]})
@@ -140,7 +144,7 @@ def tell(lines: Sequence[dict[str, Any]], grid: trials.Grid, settings: dict[str,
     (out / "report.md").write_text(markdown(tables, totals, rows, columns, settings), encoding="utf-8")
     for insertion, scores in totals.items():
         said = ", ".join(f"{s} {percent(v)}" for s, v in scores.items())
-        print(f"  {insertion:8} {said}, {scores['forced']['number']} questions")
+        print(f"  {insertion:9} {said}, {scores['forced']['number']} questions")
     print(path)
 
 
@@ -156,7 +160,8 @@ def markdown(
             for name, row in zip(rows, values, strict=True)
         ]
         insertion, scoring = title.split(", ")
-        lines += ["", f"All: {percent(totals[insertion][scoring])}.", ""]
+        control = percent(totals[trials.CONTROL][scoring])
+        lines += ["", f"All: {percent(totals[insertion][scoring])}; without a needle: {control}.", ""]
     return "\n".join(lines + [f"- {k}: {v}" for k, v in settings.items()]) + "\n"
 
 
@@ -167,6 +172,12 @@ def _depth(depth: float | None) -> str:
 def _totals(totals: dict[str, Any]) -> page.Table:
     rows = [[i, str(t["forced"]["number"]), percent(t["forced"]), percent(t["generated"])] for i, t in totals.items()]
     return {"kind": "table", "columns": ["insertion", "questions", "teacher-forced", "generated"], "rows": rows}
+
+
+def _control(control: list[dict[str, Any]]) -> page.Table:
+    names = [name for name in control[0] if name != "frames"]
+    rows = [[f"{row['frames']:,}", *(percent(row[n]) for n in names)] for row in control]
+    return {"kind": "table", "columns": ["frames", *names], "rows": rows, "caption": "teacher-forced, by length"}
 
 
 def _joint(joint: dict[str, Any]) -> page.Table:

@@ -19,6 +19,7 @@ from hico_jax.evals.niah.needles import Needle
 from hico_jax.evals.niah.probe import Probe
 
 SCORINGS = ("forced", "generated")
+CONTROL = "no needle"  # the same questions about the film alone: what guessing scores
 Line = Mapping[str, Any]
 
 
@@ -47,8 +48,9 @@ class Grid:
         return found
 
     def cells(self) -> Iterator[tuple[str, int, float | None]]:
-        """(insertion, frames, depth), short films first."""
+        """(insertion, frames, depth), short films first; the control of each length comes before its trials."""
         for frames in self.frames:
+            yield CONTROL, frames, None
             yield from ((i, frames, d) for i in self.insertions for d in self.places)
 
 
@@ -73,9 +75,11 @@ def run(
                 names = [f"{insertion}/{frames}/{depth}/{needle.id}/{asked.name}" for asked in needle.asked]
                 if all(name in lines for name in names):
                     continue
+                where: list[int] = []
                 shift = number % geometry.frames_per_clip if insertion == "pixel" else 0
-                where = haystack.places(frames, depth, len(pictures), shift)
-                if insertion == "feature":
+                if insertion != CONTROL:
+                    where = haystack.places(frames, depth, len(pictures), shift)
+                if insertion != "pixel":
                     trial = haystack.at_features(hay, alone, frames, where, geometry)
                 else:
                     trial = haystack.at_pixels(model, hay, pictures, frames, where)
@@ -104,11 +108,20 @@ def table(lines: Sequence[Line], grid: Grid, insertion: str, scoring: str) -> li
 
 
 def totals(lines: Sequence[Line], grid: Grid) -> dict[str, dict[str, Score]]:
-    """By insertion and scoring: all trials. Cells are equally large, so this is the paper's mean of cells too."""
+    """By insertion and scoring: all trials, and the control. Cells are equally large, so this is their mean too."""
     return {
         insertion: {s: share([x[s] for x in lines if x["insertion"] == insertion]) for s in SCORINGS}
-        for insertion in grid.insertions
+        for insertion in (*grid.insertions, CONTROL)
     }
+
+
+def control(lines: Sequence[Line], grid: Grid) -> list[dict[str, Any]]:
+    """The control by length, beside the trials of that length."""
+    return [
+        {"frames": f, **{i: share([x["forced"] for x in lines if (x["insertion"], x["frames"]) == (i, f)])
+                         for i in (*grid.insertions, CONTROL)}}
+        for f in grid.frames
+    ]  # fmt: skip
 
 
 def joint(lines: Sequence[Line], grid: Grid) -> dict[str, list[dict[str, Any]]]:

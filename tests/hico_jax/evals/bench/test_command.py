@@ -26,7 +26,7 @@ def line(name: str, model: pathlib.Path, official: Any, out: pathlib.Path, *more
     return ["eval", name, "--model", str(model), *paths, "--out", str(out), "--max-frames", "8", *more]
 
 
-@pytest.mark.parametrize("name", ["mvbench", "charades_sta"])
+@pytest.mark.parametrize("name", ["mvbench"])
 def test_a_model_is_scored(
     name: str, exported: pathlib.Path, official: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

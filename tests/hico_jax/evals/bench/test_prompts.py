@@ -23,6 +23,8 @@ def test_videomme_as_recorded(golden: Any) -> None:
     for case in golden.json("H_eval_videomme.json")["docs"]:
         assert prompts.videomme(case["doc"]) == case["doc_to_text"]
         assert prompts.videomme_subtitles(case["doc"], case["srt"]) == case["doc_to_text_subtitle"]["out"]
+    for case in golden.json("H_eval_videomme.json")["srt_time"]:
+        assert prompts.clock_seconds(case["in"]) == case["out"]
 
 
 def test_longvideobench_as_recorded(golden: Any) -> None:

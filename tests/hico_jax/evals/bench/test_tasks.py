@@ -60,6 +60,23 @@ def test_the_harness_settings_are_the_recorded_ones(golden: Any) -> None:
     assert {recorded[k]["kwargs"]["sub_task"] for k in recorded if k.startswith("mlvu_mc_")} == set(tasks.MLVU)
 
 
+@pytest.mark.parity
+def test_media_and_keys_as_recorded(golden: Any, tmp_path: pathlib.Path) -> None:
+    """What is shown of a video, and how a submission names a question."""
+    sources = tasks.Sources(tmp_path, tmp_path)
+    for name in ("mvbench", "mlvu", "lvbench"):
+        for case in golden.json(f"H_eval_{name}.json")["docs"]:
+            task = pathlib.PurePath(case["file"]).stem
+            made = BENCHMARKS[name].make(case["doc"], task, sources)
+            assert made["prompt"] == case["doc_to_text"]
+            media = case["media_dict"]
+            assert (made.get("start"), made.get("end")) == (media.get("start"), media.get("end"))
+            if name == "mvbench":  # LVBench's folders are known by being folders
+                assert made["reader"] == (media["video_read_type"] if media["video_read_type"] == "img" else None)
+    for case in golden.json("H_eval_temporal_grounding.json")["docs"]:
+        assert BENCHMARKS["charades_sta"].make(case["doc"], "charades", sources)["key"] == case["submission_key"]
+
+
 def write(folder: pathlib.Path, *records: Any) -> tasks.Sources:
     (folder / "videos").mkdir()
     (folder / "videos" / "v.mp4").touch()

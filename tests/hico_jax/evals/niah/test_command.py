@@ -30,6 +30,7 @@ def test_the_made_up_world(model: str, tmp_path: pathlib.Path, capsys: pytest.Ca
     assert "pixel" in said
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["totals"]["pixel"]["forced"]["number"] == 4
+    assert summary["totals"]["no needle"]["forced"]["number"] == 2
     assert summary["card"]["prompt"] == "chat"
     assert set(summary["tables"]) == {f"{i}, {s}" for i in ("feature", "pixel") for s in ("forced", "generated")}
     for name in ("heatmap_pixel_forced.png", "heatmap_feature_generated.png"):

@@ -44,7 +44,7 @@ def test_a_stopped_run_goes_on(asked_model: HiCo, hay: haystack.Haystack, tmp_pa
     tried = grid.Grid((8, 16), (0.0, 0.4, 1.0))
     hidden = needles.world(2, 32, 0)
     whole = grid.run(echo(asked_model), hay, hidden, tried, tmp_path)
-    assert len(whole) == 2 * 2 * 3 * 2
+    assert len(whole) == 2 * 2 * 3 * 2 + 2 * 2  # and the control
     (tmp_path / "parts").mkdir()
     asked = 0
     for _ in range(6):
@@ -56,20 +56,26 @@ def test_a_stopped_run_goes_on(asked_model: HiCo, hay: haystack.Haystack, tmp_pa
     parts = grid.run(last, hay, hidden, tried, tmp_path / "parts")
     assert asked + len(last.asked) == len(whole)
     assert sorted(x["id"] for x in parts) == sorted(x["id"] for x in whole)
-    assert {x["visual_tokens"] for x in whole if x["frames"] == 16} == {20}
+    assert {x["visual_tokens"] for x in whole if x["frames"] == 16} == {16, 20}
     phases = {tuple(x["before_frame"]) for x in whole if x["insertion"] == "pixel" and x["frames"] == 16}
     assert phases == {(0,), (6,), (16,), (1,), (7,), (15,)}  # the second needle stands a frame further in its clip
     shares = grid.table(whole, tried, "feature", "forced")
     assert shares == [[1.0, 0.0]] * 3  # 12 and 20 tokens
     assert grid.totals(whole, tried)["pixel"]["forced"]["share"] == 0.5
+    assert {x["visual_tokens"] for x in whole if x["insertion"] == grid.CONTROL} == {8, 16}
+    assert grid.totals(whole, tried)[grid.CONTROL]["forced"]["number"] == 4
+    by_length = grid.control(whole, tried)
+    assert [(row["frames"], row["pixel"]["number"], row[grid.CONTROL]["number"]) for row in by_length] == [
+        (8, 6, 2), (16, 6, 2),
+    ]  # fmt: skip
 
 
 def test_chains_span_the_film(asked_model: HiCo, hay: haystack.Haystack, tmp_path: pathlib.Path) -> None:
     tried = grid.Grid((8, 16), (0.5,), chains=True)
     hidden = needles.world_chains(2, 5, 32, 0)
     lines = grid.run(echo(asked_model), hay, hidden, tried, tmp_path)
-    assert len(lines) == 2 * 2 * 2 * 2
-    assert {x["visual_tokens"] for x in lines if x["frames"] == 8} == {8 + 5 * 4}
+    assert len(lines) == 2 * 2 * 2 * 2 + 2 * 2 * 2
+    assert {x["visual_tokens"] for x in lines if x["frames"] == 8} == {8, 8 + 5 * 4}
     assert {x["depth"] for x in lines} == {None}
 
 
