@@ -172,6 +172,118 @@ def _check_ask(args: argparse.Namespace) -> None:
         raise ValueError(f"--end {args.end:g} is not after --start {args.start:g}")
 
 
+def _eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="mvbench, mlvu, lvbench, perceptiontest, longvideobench, "
+                        "videomme, videomme_w_subtitle or charades_sta")  # fmt: skip
+    parser.add_argument("--model", metavar="FOLDER", required=True, help="released, exported or trained weights")
+    parser.add_argument(
+        "--annotations", metavar="PATH", required=True, help="the official annotation file, or the folder it is in"
+    )
+    parser.add_argument("--videos", metavar="DIR", help="folder of the videos (that of the annotations)")
+    parser.add_argument("--subtitles", metavar="DIR", help="folder of the subtitles, where the benchmark reads them")
+    parser.add_argument("--out", metavar="DIR", help="where answers and reports go (runs/eval/NAME)")
+    parser.add_argument("--max-frames", metavar="N", type=_positive, help="(the reference's: 512, or 640 for LVBench)")
+    parser.add_argument("--limit", metavar="N", type=_positive, help="only the first N questions of each file")
+    parser.add_argument("--shard", metavar="I/N", type=parse_shard, default=(0, 1), help="this process's share, from 0")
+    parser.add_argument("--drop", metavar="KIND:LAYERS:RATIOS", type=parse_drop, help="as of `hico ask`")
+    parser.add_argument(
+        "--repetition-penalty", metavar="R", type=_not_negative, help="(the model's generation_config.json, as there)"
+    )
+    parser.add_argument("--fresh", action="store_true", help="ask everything anew")
+
+
+def _check_eval(args: argparse.Namespace) -> None:
+    if args.fresh and args.shard[1] > 1:
+        raise ValueError("--fresh would take away what other shares have answered; choose a new --out instead")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`I/N` as numbers.
+
+    Raises:
+      argparse.ArgumentTypeError: not two numbers with 0 <= I < N.
+    """
+    index, _, number = text.partition("/")
+    if not (index.isdigit() and number.isdigit() and int(index) < int(number)):
+        raise argparse.ArgumentTypeError(f"{text!r} does not read as I/N with I from 0 to N - 1, for example 0/8")
+    return int(index), int(number)
+
+
+def _niah(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="FOLDER", required=True, help="released, exported or trained weights")
+    parser.add_argument("--out", metavar="DIR", default="runs/niah", help="where everything is written (%(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="start over instead of going on from what DIR holds")
+    hidden = parser.add_argument_group("what is hidden, and where (the made-up world, so that no download is needed)")
+    hidden.add_argument("--haystack", metavar="VIDEO", help="the film; one frame a second is taken")
+    hidden.add_argument("--repeat", action="store_true", help="show a film that is too short again and again")
+    hidden.add_argument("--needles", metavar="FILE.json", help="pictures and questions in the paper's format")
+    hidden.add_argument("--images", metavar="DIR", help="where its pictures are (beside the file)")
+    hidden.add_argument(
+        "--hops", metavar="N", type=_positive, default=1, help="2 or more: chains of hints (%(default)s)"
+    )
+    hidden.add_argument("--count", metavar="N", type=_positive, default=20, help="how many needles (%(default)s)")
+    hidden.add_argument("--letters", action="store_true", help="ask the made-up world's questions with four options")
+    hidden.add_argument("--seed", type=_count, default=0, help="of the made-up world (%(default)s)")
+    tried = parser.add_argument_group("what is tried")
+    tried.add_argument(
+        "--frames", metavar="N,N", type=_list(_positive), default=(64, 256, 1024), help="lengths (64,256,1024)"
+    )
+    tried.add_argument(
+        "--depths", metavar="D,D", type=_list(_share), default=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), help="from 0 to 1"
+    )
+    tried.add_argument("--insertion", choices=("both", "feature", "pixel"), default="both", help="(%(default)s)")
+    tried.add_argument(
+        "--prompt", choices=("paper", "chat"), help="without the time message, or as `hico ask` (paper for --needles)"
+    )
+
+
+def _compress(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="FOLDER", required=True, help="released, exported or trained weights")
+    parser.add_argument("--out", metavar="DIR", default="runs/compress", help="(%(default)s)")
+    parser.add_argument("--methods", metavar="NAME,NAME", default="all", help="(%(default)s)")
+    parser.add_argument("--tokens-per-frame", metavar="N", type=_positive, help="of every method (the model's own)")
+    parser.add_argument("--max-frames", metavar="N", type=_positive, help="at most this many frames of a video")
+    parser.add_argument("--seed", type=_count, default=0, help="of the made-up world (%(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="start over instead of going on from what DIR holds")
+    asked = parser.add_argument_group("what is asked (the made-up world, by kind of task)")
+    asked.add_argument("--films", metavar="N", type=_positive, default=8, help="of each kind (%(default)s)")
+    asked.add_argument("--seconds", metavar="S", type=_positive, default=64, help="of the long ones (%(default)s)")
+    asked.add_argument("--benchmark", metavar="NAME", help="or a benchmark of `hico eval`")
+    asked.add_argument("--annotations", metavar="PATH", help="of the benchmark")
+    asked.add_argument("--videos", metavar="DIR", help="of the benchmark")
+    asked.add_argument("--subtitles", metavar="DIR", help="of the benchmark")
+    asked.add_argument("--limit", metavar="N", type=_positive, help="only the first N questions of each file")
+
+
+def _bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="FOLDER", required=True, help="released, exported or trained weights")
+    parser.add_argument("--out", metavar="DIR", default="runs/bench", help="(%(default)s)")
+    parser.add_argument(
+        "--frames", metavar="N,N", type=_list(_positive), default=(64, 256, 1000, 4000, 10000),
+        help="lengths (64,256,1000,4000,10000)",
+    )  # fmt: skip
+    parser.add_argument("--film", metavar="VIDEO", help="its first frames are used (a film is made)")
+    parser.add_argument(
+        "--drop", dest="drop_text", metavar="KIND:LAYERS:RATIOS", type=_drop_text, help="the video level's schedule"
+    )
+    parser.add_argument(
+        "--max-tokens", metavar="N", type=_positive, default=200_000, help="longer rows are left out (%(default)s)"
+    )
+    parser.add_argument(
+        "--timeout", metavar="S", type=_seconds, default=0.0, help="of one line; 0 is none (%(default)s)"
+    )
+    parser.add_argument("--fresh", action="store_true", help="start over instead of going on from what DIR holds")
+
+
+def _drop_text(text: str) -> str:
+    parse_drop(text)
+    return text
+
+
+def _list(one: Callable[[str], float]) -> Callable[[str], tuple[float, ...]]:
+    return lambda text: tuple(one(part) for part in text.split(","))
+
+
 def _world(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", default="world", help="folder of the videos and annotations (%(default)s)"
@@ -268,6 +380,7 @@ _count = _number(int, lambda n: n >= 0, "a whole number, 0 or more")
 _positive = _number(int, lambda n: n >= 1, "a whole number, 1 or more")
 _seconds = _number(float, lambda s: 0 <= s < float("inf"), "a time in seconds, 0 or more")
 _not_negative = _number(float, lambda x: 0 <= x < float("inf"), "a number, 0 or more")
+_share = _number(float, lambda p: 0 <= p <= 1, "a number from 0 to 1")
 _fraction = _number(float, lambda p: 0 < p <= 1, "a number above 0 and at most 1")
 
 TRAIN_HELP = """The configuration is a file; a colon picks a structure, a dot tunes a value:
@@ -299,6 +412,40 @@ COMMANDS: dict[str, Command] = {
         None,
         TRAIN_HELP,
         resume="The same command goes on from the last checkpoint.",
+    ),
+    "eval": Command(
+        "hico_jax.evals.bench.command:main",
+        "score a model on a benchmark, as the reference does and strictly",
+        _eval,
+        "examples:\n  hico eval videomme --model weights/ --annotations videomme/ --videos videomme/data\n"
+        "  for i in 0 1 2 3; do hico eval mvbench --model weights/ --annotations MVBench/json --videos MVBench/video "
+        "--shard $i/4 & done",
+        resume="The same command asks the questions that are left.",
+        check=_check_eval,
+    ),
+    "niah": Command(
+        "hico_jax.evals.niah.command:main",
+        "hide pictures in a long film and ask about them, at every depth and length",
+        _niah,
+        "examples:\n  hico niah --model runs/demo/model\n"
+        "  hico niah --model weights/ --haystack film.mkv --needles niah-coco-singlehop_20.json --images images/ "
+        "--frames 1000,5000,10000\n  hico niah --model runs/demo/model --hops 5",
+        resume="The same command tries what is left.",
+    ),
+    "compress": Command(
+        "hico_jax.evals.compress.command:main",
+        "compare compressors on the same questions: accuracy, tokens, seconds, memory",
+        _compress,
+        "examples:\n  hico compress --model runs/demo/model\n"
+        "  hico compress --model weights/ --benchmark mvbench --annotations MVBench/json --videos MVBench/video",
+        resume="The same command asks the questions that are left.",
+    ),
+    "bench": Command(
+        "hico_jax.evals.compress.bench:main",
+        "time whole inference by number of frames, with the compression on and off",
+        _bench,
+        "example:\n  hico bench --model weights/ --frames 64,1000,10000",
+        resume="The same command times what is left.",
     ),
     "world": Command(
         "hico_jax.world:main",

@@ -70,15 +70,32 @@ def generate(model: HiCo, prompt: Batch | tuple[Batch, Float[Array, "B S D"]], c
     batch, visual = prompt if isinstance(prompt, tuple) else (prompt, None)
     if visual is None:
         visual = _encode(model, batch.clips, batch.images)
-    stream = _splice(model, dataclasses.replace(batch, clips=None, images=None), visual)
+    stream = spliced(model, batch, visual)
     return continue_stream(model.llm, stream, batch.drop, config, schedule=model.config.drop)
+
+
+def spliced(model: HiCo, batch: Batch, visual: Float[Array, "B S D"]) -> Stream:
+    """A prompt's stream from visual tokens that are encoded already."""
+    return _splice(model, dataclasses.replace(batch, clips=None, images=None), visual)
 
 
 def continue_stream(
     llm: Any, stream: Stream, plan: DropPlan | None, config: GenerationConfig, *, schedule: DropSchedule = NO_DROP
 ) -> Generated:
     """Continue every row of a stream of embeddings with a language model alone."""
-    logits, cache = _prefill(llm, stream, plan, schedule=schedule, room=config.max_new_tokens)
+    logits, cache = begin(llm, stream, plan, schedule=schedule, room=config.max_new_tokens)
+    return finish(llm, logits, cache, config)
+
+
+def begin(
+    llm: Any, stream: Stream, plan: DropPlan | None, *, schedule: DropSchedule = NO_DROP, room: int
+) -> tuple[Float[Array, "B V"], Cache]:
+    """`prefill`, compiled once for each shape: the first half of an answer."""
+    return _prefill(llm, stream, plan, schedule=schedule, room=room)
+
+
+def finish(llm: Any, logits: Float[Array, "B V"], cache: Cache, config: GenerationConfig) -> Generated:
+    """The second half: decode from what `begin` gave. The cache is used up."""
     seeds = ((config.seed + np.arange(logits.shape[0])) % 2**31).astype(np.int32)
     static = dataclasses.replace(config, seed=0)  # a new seed is no reason to compile
     ids, lengths, _ = _decode(llm, logits, cache, seeds, config=static)

@@ -13,12 +13,12 @@ from types import ModuleType
 
 from hico_jax.batch import DropSchedule
 from hico_jax.models import hico
-from hico_jax.models.compress import tome
+from hico_jax.models.compress import keep, pick, pool, tome
 from hico_jax.models.llm import internlm2, qwen2
 from hico_jax.models.vision import internvideo2, internvit, umt
 
 VISION: dict[str, ModuleType] = {"umt": umt, "internvideo2": internvideo2, "internvit": internvit}
-COMPRESSOR: dict[str, ModuleType] = {"tome": tome}
+COMPRESSOR: dict[str, ModuleType] = {"tome": tome, "none": keep, "pool": pool, "pick": pick}
 LLM: dict[str, ModuleType] = {"qwen2": qwen2, "internlm2": internlm2}
 PARTS = {"vision": VISION, "compressor": COMPRESSOR, "llm": LLM}
 

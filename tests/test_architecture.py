@@ -64,7 +64,10 @@ RULES: dict[str, tuple[str, ...]] = {
         *_TRAINING, "hico_jax.convert.load", "hico_jax.models.hico", "hico_jax.generate", "data_pipeline.loader",
     ),
     "hico_jax.film": (*_CONTRACT, "hico_jax.models.hico", "hico_jax.generate", "data_pipeline"),
-    "hico_jax.evals": (*_CONTRACT, "hico_jax.film", "hico_jax.generate", "data_pipeline"),
+    "hico_jax.evals": (
+        *_CONTRACT, "hico_jax.film", "hico_jax.generate", "hico_jax.ask", "hico_jax.models", "hico_jax.registry",
+        "hico_jax.report", "hico_jax.cli", "data_pipeline",
+    ),
     "hico_jax.report": (),
     "hico_jax.doctor": (),
     "hico_jax.catalog": ("hico_jax.registry", "hico_jax.models.layers"),

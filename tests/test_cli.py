@@ -26,6 +26,19 @@ SURFACE = {
         "--drop", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--repetition-penalty", "--seed",
     },
     "train": set(),
+    "eval": {
+        "NAME", "--model", "--annotations", "--videos", "--subtitles", "--out", "--max-frames", "--limit", "--shard",
+        "--drop", "--repetition-penalty", "--fresh",
+    },
+    "niah": {
+        "--model", "--out", "--fresh", "--haystack", "--repeat", "--needles", "--images", "--hops", "--count",
+        "--letters", "--seed", "--frames", "--depths", "--insertion", "--prompt",
+    },
+    "compress": {
+        "--model", "--out", "--methods", "--tokens-per-frame", "--max-frames", "--seed", "--fresh", "--films",
+        "--seconds", "--benchmark", "--annotations", "--videos", "--subtitles", "--limit",
+    },
+    "bench": {"--model", "--out", "--frames", "--film", "--drop", "--max-tokens", "--timeout", "--fresh"},
     "world": {"--out", "--preset", "--seed", "--film", "--seconds", "--needle-at"},
     "doctor": {"--json"},
     "models": {"--json"},
@@ -132,6 +145,8 @@ def test_train_gets_its_arguments_untouched(target: Callable[[str, Reply], None]
         ("ask v.mp4 hi --max-f 4", "unrecognized arguments: --max-f 4"),
         ("demo --seed x", "'x' is not a whole number"),
         ("world --needle-at 3", "name the film with --film"),
+        ("eval mvbench --model m --annotations a --shard 2/2", "'2/2' does not read as I/N"),
+        ("eval mvbench --model m --annotations a --shard 0/2 --fresh", "--fresh would take away"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(line: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,7 +192,10 @@ def test_every_command_says_how_to_go_on_after_ctrl_c(
     name: str, target: Callable[[str, Reply], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     target(name, raises(KeyboardInterrupt()))
-    rest = {"ask": ["v", "hi"], "train": ["--config=c"]}
+    rest = {
+        "ask": ["v", "hi"], "train": ["--config=c"], "eval": ["mvbench", "--model", "m", "--annotations", "a"],
+        "niah": ["--model", "m"], "compress": ["--model", "m"], "bench": ["--model", "m"],
+    }  # fmt: skip
     assert cli.main([name, *rest.get(name, [])]) == cli.INTERRUPTED
     err = capsys.readouterr().err.strip()
     assert err == f"hico {name}: stopped. {cli.COMMANDS[name].resume}"

@@ -135,7 +135,7 @@ class HiCo(nnx.Module):
             return jnp.zeros((rows, 0, self.config.llm.embed_dim), dtype)
         flat = shard(clips.reshape(-1, *clips.shape[2:]), "clips", None, None, None, None)
         patches = self.vision(normalize(flat, dtype))  # (B N) P E
-        merged = self.compressor(patches, num_tokens)  # (B N) M E
+        merged = self.compressor(patches, num_tokens, flat.shape[1])  # (B N) M E
         projected = shard(self.projector(merged), "clips", None, None)  # (B N) M D
         return projected.reshape(rows, num_clips * num_tokens, -1)
 

@@ -29,6 +29,7 @@ class ToMeConfig:
 
     tokens_per_frame: int = 16  # of a video clip: a clip keeps frames * this
     tokens_per_image: int = 64  # of an image tile
+    scope: str = "clip"  # "frame" merges each frame alone, so that nothing is merged along time
     faithful_dtype: bool = False  # round as the reference does when it merges in bfloat16; float32 otherwise
 
     def __post_init__(self) -> None:
@@ -37,6 +38,8 @@ class ToMeConfig:
                 f"compressor.tokens_per_frame is {self.tokens_per_frame} and tokens_per_image {self.tokens_per_image}; "
                 "both must be at least 1"
             )
+        if self.scope not in ("clip", "frame"):
+            raise ValueError(f"compressor.scope is {self.scope!r}; it must be 'clip' or 'frame'")
 
     def build(self, *, num_heads: int) -> ToMe:
         """The compressor for a tower of `num_heads` heads."""
@@ -58,10 +61,13 @@ class ToMe(nnx.Module):
 
     def __init__(self, config: ToMeConfig, num_heads: int) -> None:
         self.num_heads = num_heads
-        self.faithful_dtype = config.faithful_dtype
+        self.scope, self.faithful_dtype = config.scope, config.faithful_dtype
 
-    def __call__(self, patches: Float[Array, "B P E"], num_tokens: int) -> Float[Array, "B M E"]:
-        return merge(patches, num_tokens, self.num_heads, faithful_dtype=self.faithful_dtype)
+    def __call__(self, patches: Float[Array, "B P E"], num_tokens: int, num_frames: int = 1) -> Float[Array, "B M E"]:
+        parts = num_frames if self.scope == "frame" else 1
+        x = patches.reshape(-1, patches.shape[1] // parts, patches.shape[2])
+        merged = merge(x, num_tokens // parts, self.num_heads, faithful_dtype=self.faithful_dtype)
+        return merged.reshape(patches.shape[0], -1, patches.shape[2])
 
 
 class Match(NamedTuple):

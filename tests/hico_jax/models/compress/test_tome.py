@@ -254,3 +254,15 @@ def test_module_uses_its_config():
         module = tome.ToMeConfig(faithful_dtype=faithful).build(num_heads=2)
         expected = merge(x, 4, 2, faithful_dtype=faithful)
         np.testing.assert_array_equal(f32(jax.jit(lambda x, m=module: m(x, 4))(x)), f32(expected))
+
+
+def test_merging_without_time_is_merging_each_frame_alone() -> None:
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(2, 4 * 16, 8)), jnp.float32)
+    found = tome.ToMe(tome.ToMeConfig(4, 4, scope="frame"), 2)(x, 16, 4)
+    for t in range(4):
+        alone = tome.merge(x[:, t * 16 : (t + 1) * 16], 4, 2)
+        np.testing.assert_allclose(found[:, t * 4 : (t + 1) * 4], alone, atol=1e-6)
+    together = tome.ToMe(tome.ToMeConfig(4, 4), 2)(x, 16, 4)
+    assert np.abs(np.asarray(found) - np.asarray(together)).max() > 0.1
+    with pytest.raises(ValueError, match=r"compressor\.scope is 'film'"):
+        tome.ToMeConfig(scope="film")

@@ -1,0 +1,194 @@
+"""`hico niah`: needles in a haystack of frames, on your film and pictures or on the made-up world.
+
+In: the command's options. Out: `trials.0.jsonl`, `summary.json`, heat-maps (PNG), `report.html` and `report.md`.
+Next: hico_jax/evals/niah/needles.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.world import films
+from hico_jax import ask
+from hico_jax.evals import card, journal
+from hico_jax.evals.bench.report import percent
+from hico_jax.evals.niah import grid as trials
+from hico_jax.evals.niah import haystack, needles, probe
+from hico_jax.models.hico import HiCo
+from hico_jax.report import page, progress, raster
+
+WORLD_SEED = 70_000  # of cards; films of the demo's tests have other seeds
+
+
+def main(args: argparse.Namespace) -> int:
+    """Try what has not been tried, and report.
+
+    Raises:
+      ValueError: missing files, a film that is too short, or a folder with trials made with other settings.
+    """
+    model, tokenizer_folder = ask.load_model(args.model)
+    geometry = model.config.geometry()
+    frames = tuple(sorted({f // geometry.frames_per_clip * geometry.frames_per_clip for f in args.frames}))
+    if not frames[0]:
+        raise ValueError(f"--frames {min(args.frames)} is less than one clip of {geometry.frames_per_clip} frames")
+    chains = args.hops > 1
+    hidden = hide(args, geometry.image_px)
+    insertions = haystack.INSERTIONS if args.insertion == "both" else (args.insertion,)
+    grid = trials.Grid(frames, tuple(args.depths), insertions, chains)
+    prompt = args.prompt or ("paper" if args.needles else "chat")
+    out = pathlib.Path(args.out)
+    settings = settings_of(args, model, grid, hidden, prompt)
+    journal.claim(out, settings, fresh=args.fresh, name="trials")
+    path = pathlib.Path(args.haystack) if args.haystack else world_haystack(out, frames[-1], args.seed)
+    chosen = haystack.indices(path, frames[-1], repeat=args.repeat)
+    print(f"encoding {frames[-1]} frames of {path} once ...", flush=True)
+    hay = haystack.encode(model, path, chosen, grid.kept(hidden, geometry.frames_per_clip))
+    asker = probe.Probe(model, load_tokenizer(tokenizer_folder), prompt)
+    with progress.bar("questions") as tick:
+        lines = trials.run(asker, hay, hidden, grid, out, tick=tick)
+    tell(lines, grid, settings | {"distinct_frames": hay.distinct}, out)
+    return 0
+
+
+def hide(args: argparse.Namespace, px: int) -> list[needles.Needle]:
+    """The needles that the options name."""
+    if args.needles:
+        path = pathlib.Path(args.needles)
+        images = pathlib.Path(args.images) if args.images else path.parent
+        return needles.read(path, images, px, args.hops > 1)[: args.count]
+    if args.hops > 1:
+        return needles.world_chains(args.count, args.hops, px, WORLD_SEED + args.seed)
+    return needles.world(args.count, px, WORLD_SEED + args.seed, letters=args.letters)
+
+
+def world_haystack(out: pathlib.Path, seconds: int, seed: int) -> pathlib.Path:
+    """A film of the made-up world without a card, kept in the folder."""
+    path = out / f"haystack_{seconds}s_{seed}.mp4"
+    if not path.is_file():
+        films.haystack(path, num_seconds=seconds, seed=seed, split="val")
+    return path
+
+
+def settings_of(
+    args: argparse.Namespace, model: HiCo, grid: trials.Grid, hidden: Sequence[needles.Needle], prompt: str
+) -> dict[str, Any]:
+    """The protocol card."""
+    found = {
+        "test": "multi-hop" if grid.chains else "single-hop", **card.model(model, args.model),
+        "haystack": args.haystack or "made-up world", "needles": args.needles or "made-up world",
+        "number_of_needles": len(hidden), "frames": grid.frames, "frames_per_second": 1,
+        "depths": grid.places, "insertions": grid.insertions, "pictures": [len(n.pictures) for n in hidden],
+        "frames_per_picture": model.config.geometry().frames_per_clip, "prompt": prompt, "decoding": "greedy",
+        "repeated_haystack": args.repeat, "seed": args.seed,
+    }  # fmt: skip
+    return json.loads(json.dumps(found))
+
+
+def tell(lines: Sequence[dict[str, Any]], grid: trials.Grid, settings: dict[str, Any], out: pathlib.Path) -> None:
+    """Write summary, pictures and reports, and print the totals."""
+    environment = card.environment() | {"command": card.command(), "peak memory, MiB": card.peak_memory_mib()}
+    totals = trials.totals(lines, grid)
+    tables = {f"{i}, {s}": trials.table(lines, grid, i, s) for i in grid.insertions for s in trials.SCORINGS}
+    summary: dict[str, Any] = {"card": settings, "environment": environment, "totals": totals, "tables": tables}
+    summary["control"] = trials.control(lines, grid)
+    if grid.chains:
+        summary["joint"] = trials.joint(lines, grid)
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    rows, columns = [_depth(d) for d in grid.places], [f"{f:,}" for f in grid.frames]
+    names = {"x_label": "frames", "y_label": "" if grid.chains else "depth"}
+    for title, values in tables.items():
+        file = out / f"heatmap_{title.replace(', ', '_')}.png"
+        raster.heatmap_png(file, values, title=f"{settings['test']}, {title}", rows=rows, columns=columns, **names)
+    blocks: list[page.AnyBlock] = [
+        {"kind": "heatmap", "title": title, "values": values, "rows": rows, "columns": columns, "half": True, **names}
+        for title, values in tables.items()
+    ]  # type: ignore[typeddict-item]
+    sections: list[page.Section] = [
+        {
+            "title": "Heat-maps", "blocks": blocks,
+            "text": "At *pixel* level the picture stands among the frames before the tower sees them; at *feature* "
+            "level its tokens are put between those of two frames, as in the paper. *Forced*: the right answer's "
+            "tokens are the likeliest (the paper's score); *generated*: the model says it.",
+        },
+        {
+            "title": "Totals", "blocks": [_totals(totals), _control(summary["control"])],
+            "text": "The last line is the control: the same questions about the film without a needle.",
+        },
+    ]  # fmt: skip
+    if grid.chains:
+        sections.append({"title": "Captions, questions, both", "blocks": [_joint(summary["joint"])]})
+    sections.append({"title": "Answers", "blocks": [{
+        "kind": "table", "columns": ["trial", "expected", "said", "forced", "log-probability"],
+        "rows": [
+            [x["id"], x["expected"], x["answer"], x["forced"], x["log_prob"]]
+            for x in lines[:: max(1, len(lines) // 40)]
+        ],
+    }]})  # fmt: skip
+    sections.append({"title": "Protocol", "blocks": [
+        {"kind": "keyvalues", "items": [[k, str(v)] for k, v in part.items()], "half": True}
+        for part in (settings, environment)
+    ]})  # fmt: skip
+    report: page.Report = {
+        "title": f"Needle in a haystack, {settings['test']}: {settings['model']}",
+        "lead": f"{len(lines)} questions; {settings['haystack']} as the haystack, encoded once.",
+        "facts": [{"value": percent(t["forced"]), "label": f"{i}, teacher-forced"} for i, t in totals.items()],
+        "sections": sections,
+        "footer": f"`{environment['command']}`",
+    }
+    path = page.write(report, out / "report.html")
+    (out / "report.md").write_text(markdown(tables, totals, rows, columns, settings), encoding="utf-8")
+    for insertion, scores in totals.items():
+        said = ", ".join(f"{s} {percent(v)}" for s, v in scores.items())
+        print(f"  {insertion:9} {said}, {scores['forced']['number']} questions")
+    print(path)
+
+
+def markdown(
+    tables: dict[str, Any], totals: dict[str, Any], rows: list[str], columns: list[str], settings: dict[str, Any]
+) -> str:
+    """The tables for a paper, with the protocol below."""
+    lines = []
+    for title, values in tables.items():
+        lines += [f"| {title} | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
+        lines += [
+            f"| {name} | {' | '.join('–' if v is None else f'{100 * v:.0f} %' for v in row)} |"
+            for name, row in zip(rows, values, strict=True)
+        ]
+        insertion, scoring = title.split(", ")
+        control = percent(totals[trials.CONTROL][scoring])
+        lines += ["", f"All: {percent(totals[insertion][scoring])}; without a needle: {control}.", ""]
+    return "\n".join(lines + [f"- {k}: {v}" for k, v in settings.items()]) + "\n"
+
+
+def _depth(depth: float | None) -> str:
+    return "chain" if depth is None else f"{100 * depth:.0f} %"
+
+
+def _totals(totals: dict[str, Any]) -> page.Table:
+    rows = [[i, str(t["forced"]["number"]), percent(t["forced"]), percent(t["generated"])] for i, t in totals.items()]
+    return {"kind": "table", "columns": ["insertion", "questions", "teacher-forced", "generated"], "rows": rows}
+
+
+def _control(control: list[dict[str, Any]]) -> page.Table:
+    names = [name for name in control[0] if name != "frames"]
+    rows = [[f"{row['frames']:,}", *(percent(row[n]) for n in names)] for row in control]
+    return {"kind": "table", "columns": ["frames", *names], "rows": rows, "caption": "teacher-forced, by length"}
+
+
+def _joint(joint: dict[str, Any]) -> page.Table:
+    rows: list[list[Any]] = []
+    for insertion, found in joint.items():
+        for row in found:
+            for scoring in trials.SCORINGS:
+                s = row[scoring]
+                rows.append([
+                    f"{insertion}, {row['frames']:,} frames, {scoring}", percent(s["caption"]), percent(s["question"]),
+                    f"{100 * s['mean']:.1f} %", percent(s["both"]), s["only_caption"], s["only_question"],
+                ])  # fmt: skip
+    columns = ["", "caption", "question", "mean", "both", "only caption", "only question"]
+    return {"kind": "table", "columns": columns, "rows": rows}

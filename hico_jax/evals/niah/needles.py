@@ -1,0 +1,183 @@
+"""What is hidden: pictures with questions, from the paper's files or from the made-up world.
+
+In: a JSON file and a folder of pictures, or a seed. Out: `Needle`s; one with several pictures is a chain of hints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from data_pipeline.image import pad_square, read_image, resize
+from data_pipeline.world import draw
+from data_pipeline.world.scene import COLOURS, SHAPES, Card
+from hico_jax.evals.bench import annotations
+from hico_jax.evals.bench.matchers import LETTERS
+from hico_jax.shapes import UInt8, ndarray
+
+TAIL = "\nOnly give the best option. Best option: ("  # how every question of the paper's files ends
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """One question about a needle, by the name its score goes under."""
+
+    name: str
+    question: str
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Needle:
+    """Pictures in the order in which they stand in the film, and what is asked about them."""
+
+    id: str
+    pictures: tuple[UInt8[ndarray, "height width 3"], ...]
+    asked: tuple[Asked, ...]
+
+
+def read(path: pathlib.Path, images: pathlib.Path, px: int, hops: bool) -> list[Needle]:
+    """Needles of a file in the paper's format, its pictures padded to squares and resized.
+
+    Single-hop records have `image`, `question`, `answer`; multi-hop ones `images`, and both questions with a 1 and a 2.
+
+    Raises:
+      ValueError: a field or a picture is missing; the record is named.
+    """
+    found = []
+    for place, record in enumerate(annotations.load(path)):
+        try:
+            if not isinstance(record, dict):
+                raise annotations.Fault(f"it is a {type(record).__name__}, not a record")
+            names = annotations.texts(record, "images") if hops else (annotations.text(record, "image"),)
+            marks = (("caption", "1"), ("question", "2")) if hops else (("question", ""),)
+            asked = tuple(
+                Asked(
+                    name, annotations.text(record, f"question{mark}"), annotations.text(record, f"answer{mark}")
+                )
+                for name, mark in marks
+            )  # fmt: skip
+        except annotations.Fault as fault:
+            raise ValueError(f"{path}[{place}]: {fault}") from None
+        pictures = tuple(picture(images / name, px) for name in names)
+        found.append(Needle(str(record.get("id", place)), pictures, asked))
+    return found
+
+
+def picture(path: pathlib.Path, px: int) -> UInt8[ndarray, "px px 3"]:
+    """One picture as the paper's script prepares it: padded to a square of the mean colour, then resized."""
+    return resize(np.asarray(pad_square(read_image(path))), px, px)
+
+
+def world(number: int, px: int, seed: int, *, letters: bool = False) -> list[Needle]:
+    """Cards of the made-up world, one question each: its colour, then the shape on the next. Pairs occur in training.
+
+    `letters` asks as the paper does, with four options and a letter for an answer.
+    """
+    found = []
+    for i in range(number):
+        rng = np.random.default_rng((seed, i))
+        colour, shape = _pair(rng, avoid=())
+        if i % 2 == 0:
+            asked = ("colour", "What colour is the card?", colour, tuple(COLOURS))
+        else:
+            asked = ("shape", "What shape is on the card?", shape, SHAPES)
+        name, question, answer, allowed = asked
+        if letters:
+            question, answer = _lettered(f"Find the frame of a card. {question}", answer, allowed, rng)
+        found.append(Needle(f"world{i}", (_card(colour, shape, px),), (Asked(name, question, answer),)))
+    return found
+
+
+def world_chains(number: int, hops: int, px: int, seed: int) -> list[Needle]:
+    """Chains of cards: each has the colour of the next written on it; the last has none. Shuffled in the film.
+
+    Both questions of the paper: which caption fits the last card, and what is on it; four options each.
+
+    Raises:
+      ValueError: more hops than colours.
+    """
+    if not 2 <= hops <= len(COLOURS):
+        raise ValueError(f"a chain of the made-up world has 2 to {len(COLOURS)} cards, not {hops}")
+    found = []
+    for i in range(number):
+        rng = np.random.default_rng((seed, i))
+        chain: list[tuple[str, str]] = []
+        for _ in range(hops):
+            chain.append(_pair(rng, avoid=[colour for colour, _ in chain]))
+        hints = [colour for colour, _ in chain[1:]] + [""]
+        pictures = [_card(*pair, px, hint=hint) for pair, hint in zip(chain, hints, strict=True)]
+        order = rng.permutation(hops)
+        start = f"Find the frame of a {chain[0][0]} card. Locate the final frame based on the instructions in the image"
+        captions = tuple(f"a {colour} {shape}" for colour, shape in chain)
+        caption = _lettered(
+            f"{start}, and choose the captions that best describe the frame: ", captions[-1], captions, rng
+        )
+        last = _lettered(
+            f"{start}, and answer the following question based on the final frame: what shape is on the card",
+            chain[-1][1], SHAPES, rng,
+        )  # fmt: skip
+        found.append(
+            Needle(
+                f"chain{i}", tuple(pictures[j] for j in order), (Asked("caption", *caption), Asked("question", *last))
+            )
+        )
+    return found
+
+
+def _pair(rng: np.random.Generator, avoid: Sequence[str]) -> tuple[str, str]:
+    """A colour and a shape that training shows together."""
+    from data_pipeline.world.recipes import held_out
+
+    allowed = [(c, s) for c in COLOURS for s in SHAPES if c not in avoid and not held_out(c, s)]
+    return allowed[int(rng.integers(len(allowed)))]
+
+
+def _card(colour: str, shape: str, px: int, hint: str = "") -> UInt8[ndarray, "px px 3"]:
+    """A card as the world's films show it; a hint is written along its lower edge."""
+    card = draw.still(Card(shape, colour, 0.0, 4.0), px)
+    if not hint:
+        return card
+    image = Image.fromarray(card)
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=max(8, px // 6))
+    left, top, right, bottom = pen.textbbox((0, 0), hint, font=font)
+    where = ((px - (right - left)) / 2 - left, px - 1.5 * (bottom - top) - top - px / 16)
+    pen.rectangle((0, px - 2.2 * (bottom - top) - px / 16, px, px), fill=(22, 22, 26))
+    pen.text(where, hint, fill=COLOURS["white"], font=font)
+    return np.asarray(image)
+
+
+def _lettered(
+    question: str, answer: str, allowed: Sequence[str], rng: np.random.Generator
+) -> tuple[str, str]:  # fmt: skip
+    """The question with up to four options as the paper writes them, and the letter of the right one."""
+    others = sorted({a for a in allowed if a != answer})
+    options: list[Any] = [*rng.choice(others, min(3, len(others)), replace=False).tolist(), answer]
+    rng.shuffle(options)
+    lines = "\n".join(f"({LETTERS[i]}) {option}" for i, option in enumerate(options))
+    return f"{question}\nOptions: {lines}{TAIL}", LETTERS[options.index(answer)]
+
+
+def dump(needles: Sequence[Needle], folder: pathlib.Path) -> pathlib.Path:
+    """Write needles in the paper's format, pictures beside the file; for other programs to read."""
+    records = []
+    for needle in needles:
+        names = []
+        for i, pixels in enumerate(needle.pictures):
+            names.append(f"{needle.id}_{i}.png")
+            (folder / "images").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / "images" / names[-1])
+        record: dict[str, Any] = {"id": needle.id}
+        record |= {"images": names} if len(names) > 1 else {"image": names[0]}
+        for mark, asked in zip(("1", "2") if len(needle.asked) > 1 else ("",), needle.asked, strict=True):
+            record |= {f"question{mark}": asked.question, f"answer{mark}": asked.answer}
+        records.append(record)
+    path = folder / "needles.json"
+    path.write_text(json.dumps(records, indent=1))
+    return path

@@ -1,0 +1,131 @@
+"""One question about a haystack with its needle: one prefill, then the answer two ways.
+
+Teacher-forced, as in the paper: is every token of the right answer the likeliest one after those before it?
+Generated: what does the model say, and is that the answer?
+
+In: a trial's visual tokens and a question. Out: `Found`.
+Next: hico_jax/evals/niah/grid.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipeline import chat, layout
+from data_pipeline.buckets import ladder
+from data_pipeline.frames import time_message
+from data_pipeline.tokenizer import IMAGE_TEXT, Tokenizer
+from hico_jax import generate
+from hico_jax.evals.bench.matchers import LETTERS, strict_letter
+from hico_jax.evals.niah import haystack
+from hico_jax.evals.niah.haystack import Haystack, Trial
+from hico_jax.evals.niah.needles import Asked
+from hico_jax.generate import GenerationConfig
+from hico_jax.models.hico import HiCo
+from hico_jax.models.llm.cache import Cache
+from hico_jax.shapes import Array, Float, Int
+
+PROMPTS = ("paper", "chat")
+NO_LIMIT = 1 << 30  # the test goes beyond the length the model was trained for, as the paper does
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What came of one question."""
+
+    forced: bool  # teacher-forced: every answer token was the likeliest
+    log_prob: float  # of the whole answer
+    generated: bool
+    answer: str
+    visual_tokens: int
+    prompt_tokens: int
+    seconds: float  # prefill and both scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A model that answers questions about visual tokens. `prompt` is "paper" (no time message) or "chat"."""
+
+    model: HiCo
+    tokenizer: Tokenizer
+    prompt: str = "paper"
+    max_new_tokens: int = 8
+
+    def ids(self, question: str, num_frames: int) -> list[int]:
+        """The prompt with one placeholder for all frames.
+
+        In the paper the question follows the last frame at once. In a chat, as `hico ask` writes it, a newline and
+        the sentence about the film's length stand between them.
+        """
+        text = f"{IMAGE_TEXT}{question}"
+        if self.prompt == "chat":
+            text = chat.first_question(question, time_message(float(num_frames), range(num_frames), 1.0))
+        return chat.prompt_ids(self.tokenizer, [{"role": "user", "content": text}])
+
+    def ask(self, hay: Haystack, trial: Trial, asked: Asked) -> Found:
+        """Prefill, then score the right answer and let the model speak."""
+        geometry = self.model.config.geometry()
+        num_clips = len(trial.index) // geometry.tokens_per_clip
+        began = time.perf_counter()
+        ids = self.ids(asked.question, num_clips * geometry.frames_per_clip)
+        row = layout.row(ids, None, [layout.Visual(num_clips=num_clips)], geometry, max_length=NO_LIMIT)
+        batch = layout.collate(
+            [row], geometry, ladder(len(row), 64), num_clips, training=False, pixels=False, drop_multiple=32
+        )  # fmt: skip
+        visual = haystack.gather(hay.tokens, trial.extra, trial.index)
+        answer = self.tokenizer.encode(asked.answer)
+        config = GenerationConfig(max_new_tokens=max(self.max_new_tokens, len(answer)), eos=self.tokenizer.eos_ids)
+        stream, schedule = generate.spliced(self.model, batch, visual), self.model.config.drop
+        logits, cache = generate.begin(
+            self.model.llm, stream, batch.drop, schedule=schedule, room=config.max_new_tokens
+        )  # fmt: skip
+        likeliest, log_prob = forced(self.model.llm, logits, cache, np.asarray(answer, np.int32))
+        made = generate.finish(self.model.llm, logits, cache, config)
+        said = chat.clean_answer(self.tokenizer, made.ids[0, : made.lengths[0]])
+        told = self.tokenizer.decode(np.asarray(likeliest))
+        return Found(
+            forced=_same(told, asked.answer),
+            log_prob=float(log_prob),
+            generated=_means(said, asked),
+            answer=said,
+            visual_tokens=int((row.slots >= 0).sum()),
+            prompt_tokens=len(row),
+            seconds=time.perf_counter() - began,
+        )
+
+
+@jax.jit
+def forced(
+    llm: Any, logits: Float[Array, "1 V"], cache: Cache, answer: Int[Array, " A"]
+) -> tuple[Int[Array, " A"], Float[Array, ""]]:
+    """The likeliest token at each place of the answer, given the right ones before it; the answer's log-probability."""
+
+    def step(carry: tuple[Array, Cache], token: Array) -> tuple[tuple[Array, Cache], tuple[Array, Array]]:
+        logits, cache = carry
+        found = jnp.argmax(logits[0]).astype(jnp.int32), jax.nn.log_softmax(logits[0])[token]
+        x = llm.embed(token[None, None]).astype(cache.groups[0].k.dtype)
+        x, cache = llm.decode(x, cache)
+        return (generate.logits_of(llm, x)[:, 0], cache), found
+
+    _, (likeliest, log_probs) = jax.lax.scan(step, (logits, cache), answer)
+    return likeliest, log_probs.sum()
+
+
+def _same(found: str, answer: str) -> bool:
+    """The paper's comparison: without brackets, whatever the case."""
+    return re.sub(r"[()]", "", found).strip().lower() == answer.strip().lower()
+
+
+def _means(said: str, asked: Asked) -> bool:
+    """Whether what was said is the answer: the same word, or the option where the answer is a letter."""
+    if asked.answer in LETTERS:
+        options = re.findall(r"^(?:Options: )?\([A-Z]\) (.*)$", asked.question, re.MULTILINE)
+        return strict_letter(said, options) == asked.answer
+    return _same(re.sub(r"[.!]$", "", said.strip()), asked.answer)

@@ -1,0 +1,86 @@
+"""`hico niah` end to end with a tiny model, and mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+from PIL import Image
+
+from data_pipeline.tokenizer import Tokenizer
+from hico_jax import cli
+from hico_jax.convert import export
+from hico_jax.evals.niah import needles
+from hico_jax.models.hico import HiCo
+
+
+@pytest.fixture(scope="module")
+def model(asked_model: HiCo, words: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    file = words.save(folder / "tokenizer")  # type: ignore[attr-defined]
+    return str(export.export(asked_model, folder / "weights", files=[file]))
+
+
+def test_the_made_up_world(model: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["niah", "--model", model, "--out", str(tmp_path), "--frames", "16", "--depths", "0,0.4", "--count", "2"]
+    assert cli.main(line) == cli.OK
+    said = capsys.readouterr().out
+    assert "feature" in said
+    assert "pixel" in said
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["totals"]["pixel"]["forced"]["number"] == 4
+    assert summary["totals"]["no needle"]["forced"]["number"] == 2
+    assert summary["card"]["prompt"] == "chat"
+    assert set(summary["tables"]) == {f"{i}, {s}" for i in ("feature", "pixel") for s in ("forced", "generated")}
+    for name in ("heatmap_pixel_forced.png", "heatmap_feature_generated.png"):
+        with Image.open(tmp_path / name) as image:
+            assert image.size[0] > 200
+    assert "<svg" in (tmp_path / "report.html").read_text()
+    assert "| pixel, forced | 16 |" in (tmp_path / "report.md").read_text()
+    before = (tmp_path / "trials.0.jsonl").read_bytes()
+    assert cli.main(line) == cli.OK
+    assert (tmp_path / "trials.0.jsonl").read_bytes() == before
+    capsys.readouterr()
+    assert cli.main([*line, "--seed", "1"]) == cli.MISUSED
+    assert "holds trials made with other settings: seed 0 (now 1)" in capsys.readouterr().err
+
+
+def test_a_users_film_and_chains(model: str, noise_film: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    path = needles.dump(needles.world_chains(1, 3, 32, 0), tmp_path)
+    line = ["niah", "--model", model, "--out", str(tmp_path / "out"), "--haystack", str(noise_film)]
+    line += ["--needles", str(path), "--images", str(tmp_path / "images"), "--hops", "3"]
+    line += ["--insertion", "pixel", "--frames", "8"]
+    assert cli.main(line) == cli.OK
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    (row,) = summary["joint"]["pixel"]
+    assert row["forced"]["both"]["number"] == 1
+    assert (summary["card"]["test"], summary["card"]["prompt"]) == ("multi-hop", "paper")
+    assert "only caption" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--frames", "3"], "--frames 3 is less than one clip of 4 frames"),
+        (["--frames", "x"], "'x' is not a whole number"),
+        (["--depths", "2"], "'2' is not a number from 0 to 1"),
+        (["--hops", "9"], "2 to 8 cards, not 9"),
+        (["--needles", "gone.json"], "gone.json: there is no such annotation file"),
+        (["--haystack", "gone.mp4"], "gone.mp4: no such file"),
+        (["--haystack", "{film}", "--frames", "64"], "gives 12 frames at one a second; 64 were asked for"),
+    ],
+)
+def test_mistakes(
+    more: list[str],
+    expected: str,
+    model: str,
+    noise_film: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = [word.format(film=noise_film) for word in more]
+    assert cli.main(["niah", "--model", model, "--out", str(tmp_path), *given]) == cli.MISUSED
+    err = capsys.readouterr().err
+    assert expected in err
+    assert err.count("\n") == 1
