@@ -18,12 +18,13 @@ from typing import NoReturn
 
 from hico_jax import __version__
 
-OK, BROKEN, MISUSED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+OK, BROKEN, MISUSED, AGAIN, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 75, 130, 141
 
 EXIT_CODES = f"""exit codes:
   {OK:<4} done
   {BROKEN:<4} something is broken (doctor says what; otherwise a traceback)
   {MISUSED:<4} a mistake in the command, a path or a configuration; one line on stderr says which
+  {AGAIN:<4} told to stop (SIGTERM, preemption) and saved: run the same command again
   {INTERRUPTED:<4} stopped by Ctrl-C
   {PIPE_CLOSED:<4} whoever read the output closed it (`hico models | head`)
 

@@ -59,8 +59,12 @@ RULES: dict[str, tuple[str, ...]] = {
     ),
     "hico_jax.generate": (*_CONTRACT, "hico_jax.models", "hico_jax.parallel"),
     "hico_jax.start": (*_TRAINING, "hico_jax.convert.load"),
+    "hico_jax.preempt": (),
+    "hico_jax.samples": ("hico_jax.batch", "hico_jax.generate"),
+    "hico_jax.step": _TRAINING,
     "hico_jax.train": (
-        *_TRAINING, "hico_jax.convert.load", "hico_jax.models.hico", "hico_jax.generate", "data_pipeline.loader",
+        *_TRAINING, "hico_jax.convert.load", "hico_jax.models.hico", "hico_jax.preempt", "hico_jax.samples",
+        "hico_jax.step", "data_pipeline.loader",
     ),
     "hico_jax.film": (*_CONTRACT, "hico_jax.models.hico", "hico_jax.generate", "data_pipeline"),
     "hico_jax.evals": (*_CONTRACT, "hico_jax.film", "hico_jax.generate", "data_pipeline"),
@@ -103,6 +107,9 @@ TESTED_ELSEWHERE = {
     "hico_jax/cli.py": "tests/test_cli.py",
     "hico_jax/__main__.py": "tests/test_cli.py",
     "hico_jax/shapes.py": "tests/test_architecture.py",
+    "hico_jax/preempt.py": "tests/hico_jax/test_train.py",
+    "hico_jax/samples.py": "tests/hico_jax/test_train.py",
+    "hico_jax/step.py": "tests/hico_jax/test_train.py",
     "hico_jax/report/style.py": "tests/hico_jax/report/test_page.py",
 }
 
