@@ -124,6 +124,7 @@ def trial(counts: dict[str, int], seed: int = 0, say: bool = False) -> dict[str,
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Counts from the command line; 1 if anything came back wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for kind, count in (("flips", 2000), ("truncations", 200), ("swaps", 200)):
         parser.add_argument(f"--{kind}", type=int, default=count)

@@ -33,6 +33,7 @@ EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtr
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Drive, or with --child be driven."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--instants", type=int, default=20)
     parser.add_argument("--steps", type=int, default=12)
@@ -104,7 +105,7 @@ def drive(args: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
     return {
         "signal": args.signal, "processes": args.processes, "model": args.model, "runs": runs,
         "killed at random": kills["random"], "killed at named points": kills["point"],
-        "named points": len(set(points)), "of them hit": len(hit), "runs": runs, "different": different + lost,
+        "named points": len(set(points)), "of them hit": len(hit), "different": different + lost,
         "seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip
 
@@ -170,10 +171,11 @@ def child(args: argparse.Namespace) -> int:
         sys.addaudithook(audit)
     from hico_jax import train
 
+    data = os.environ["HICO_KILL_DATA"]
     code = train.main(
         [
             f"--config={ROOT}/configs/debug_tiny.py:{args.model}", f"--config.workdir={workdir}",
-            f"--config.data.annotations={os.environ['HICO_KILL_DATA']}/short.yaml", f"--config.data.tokenizer={os.environ['HICO_KILL_DATA']}",
+            f"--config.data.annotations={data}/short.yaml", f"--config.data.tokenizer={data}",
             f"--config.train.steps={args.steps}", f"--config.checkpoint.every={args.every}",
             "--config.data.batch_size=4", "--config.data.min_frames=4", "--config.data.max_frames=4",
             "--config.train.num_samples=0", "--config.data.prefetch_rows=4", "--config.data.read_threads=2",
@@ -197,6 +199,7 @@ def point_name(event: str, path: str) -> str:
 
 
 def make_data(folder: pathlib.Path) -> pathlib.Path:
+    """A small world to train on."""
     command = [sys.executable, "-m", "hico_jax", "world", "--out", str(folder / "world"), "--preset", "tiny"]
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     return folder / "world"
