@@ -6,6 +6,7 @@
         data_root: videos             # every media path must stay inside it
         video_read_type: img          # optional: a reader for every item
         media_type: video             # optional: image, video, text or mix
+        weight: 0.5                   # optional: how often an epoch shows each sample; 0 leaves the dataset out
 
 In: a path. Out: samples in the order of the files.
 Next: data_pipeline/video.py
@@ -27,7 +28,7 @@ import yaml
 from data_pipeline.video import READERS
 
 MEDIA = ("image", "video", "text")
-KEYS = ("json_path", "sampling_strategy", "data_root", "video_read_type", "media_type")
+KEYS = ("json_path", "sampling_strategy", "data_root", "video_read_type", "media_type", "weight")
 IMAGE_TOKENS, FRAME_TOKENS = 128, 16  # what the reference counts for media when it compares lengths
 
 
@@ -43,6 +44,8 @@ class Sample:
     start: float | None = None  # seconds; the part of the film to see
     end: float | None = None
     reader: str | None = None
+    dataset: int = 0  # which entry of the YAML
+    weight: float = 1.0  # of that entry
 
     @property
     def num_words(self) -> int:
@@ -82,9 +85,14 @@ def read_annotations(path: str | os.PathLike[str], data_root: str = "", *, seed:
             raise ValueError(f"{where}: give a json_path; found {entry!r:.200}")
         if unknown := sorted(set(entry) - set(KEYS)):
             raise ValueError(f"{where}: unknown keys {unknown}; the keys are {', '.join(KEYS)}")
-        samples += _read_dataset(path.parent, entry, where, data_root, seed)
+        weight = entry.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise ValueError(f"{where}: weight is {weight!r}; it must be a number, 0 or more")
+        if weight:
+            found = _read_dataset(path.parent, entry, where, data_root, seed)
+            samples += [dataclasses.replace(s, dataset=number, weight=float(weight)) for s in found]
     if not samples:
-        raise ValueError(f"{path}: no sample is left; check sampling_strategy of its datasets")
+        raise ValueError(f"{path}: no sample is left; check sampling_strategy and weight of its datasets")
     return samples
 
 

@@ -110,6 +110,7 @@ TESTED_ELSEWHERE = {
     "hico_jax/preempt.py": "tests/hico_jax/test_train.py",
     "hico_jax/samples.py": "tests/hico_jax/test_train.py",
     "hico_jax/step.py": "tests/hico_jax/test_train.py",
+    "data_pipeline/prepare.py": "tests/data_pipeline/test_records.py",
     "hico_jax/report/style.py": "tests/hico_jax/report/test_page.py",
 }
 
