@@ -190,6 +190,23 @@ def _check_world(args: argparse.Namespace) -> None:
         raise ValueError("--needle-at places a card in one film; name the film with --film FILE.mp4")
 
 
+def _data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("check", "prepare"), help="find every defect, or write ArrayRecord")
+    parser.add_argument("file", metavar="FILE", help="a YAML of datasets, or one .json or .jsonl")
+    parser.add_argument("--data-root", metavar="DIR", default="", help="media are below it")
+    checked = parser.add_argument_group("check")
+    checked.add_argument("--model", metavar="NAME", default="umt_qwen2_7b", help="whose rows are counted (%(default)s)")
+    checked.add_argument("--tokenizer", metavar="DIR", help="counts text exactly instead of guessing")
+    checked.add_argument("--sample", default="dynamic_fps1", help="how frames are chosen (%(default)s)")
+    checked.add_argument("--min-frames", metavar="N", type=_count, default=64, help="(%(default)s)")
+    checked.add_argument("--max-frames", metavar="N", type=_count, default=512, help="(%(default)s)")
+    checked.add_argument("--headers", action="store_true", help="decode nothing: faster, misses damage inside files")
+    checked.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    prepared = parser.add_argument_group("prepare")
+    prepared.add_argument("--out", metavar="DIR", help="new folder or bucket path")
+    prepared.add_argument("--beam", metavar="OPTIONS", help="read media with Apache Beam: '--runner=... --...'")
+
+
 def _doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
@@ -278,6 +295,13 @@ COMMANDS: dict[str, Command] = {
         check=_check_world,
         epilog="examples:\n  hico world --out world --preset quick\n"
         "  hico world --film long.mp4 --seconds 1024 --needle-at 300",
+    ),
+    "data": Command(
+        "hico_jax.data:main",
+        "check annotations and media before a run, or prepare them for a pod",
+        _data,
+        resume="Nothing was changed; run it again any time.",
+        epilog="examples:\n  hico data check stage3.yaml\n  hico data prepare stage3.yaml --out gs://bucket/stage3",
     ),
     "doctor": Command(
         "hico_jax.doctor:main",

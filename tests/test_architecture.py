@@ -71,6 +71,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "hico_jax.report": (),
     "hico_jax.doctor": (),
     "hico_jax.catalog": ("hico_jax.registry", "hico_jax.models.layers"),
+    "hico_jax.data": ("hico_jax.registry", "data_pipeline"),
     "hico_jax.world": ("hico_jax.report.progress", "data_pipeline.world"),
     "hico_jax.ask": ("hico_jax", "data_pipeline"),
     "hico_jax.demo": ("hico_jax", "data_pipeline", "configs"),
@@ -110,6 +111,7 @@ TESTED_ELSEWHERE = {
     "hico_jax/preempt.py": "tests/hico_jax/test_train.py",
     "hico_jax/samples.py": "tests/hico_jax/test_train.py",
     "hico_jax/step.py": "tests/hico_jax/test_train.py",
+    "hico_jax/data.py": "tests/data_pipeline/test_check.py",
     "data_pipeline/prepare.py": "tests/data_pipeline/test_records.py",
     "hico_jax/report/style.py": "tests/hico_jax/report/test_page.py",
 }
