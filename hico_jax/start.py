@@ -114,7 +114,10 @@ def _shardings(tree: Any, mesh: Mesh) -> Any:
     def one(x: Any) -> NamedSharding:
         if not isinstance(x, nnx.Variable):
             return _whole(mesh, x.ndim)
-        return NamedSharding(mesh, sharding.spec(x.get_value().shape, x.get_metadata("axes"), sizes))
+        shape, axes = x.get_value().shape, x.get_metadata("axes")
+        if len(shape) < len(axes):  # a factored moment
+            return _whole(mesh, len(shape))
+        return NamedSharding(mesh, sharding.spec(shape, axes, sizes))
 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
