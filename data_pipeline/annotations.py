@@ -6,6 +6,7 @@
         data_root: videos             # every media path must stay inside it
         video_read_type: img          # optional: a reader for every item
         media_type: video             # optional: image, video, text or mix
+        weight: 0.5                   # optional: how often an epoch shows each sample; 0 leaves the dataset out
 
 In: a path. Out: samples in the order of the files.
 Next: data_pipeline/video.py
@@ -18,7 +19,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ import yaml
 from data_pipeline.video import READERS
 
 MEDIA = ("image", "video", "text")
-KEYS = ("json_path", "sampling_strategy", "data_root", "video_read_type", "media_type")
+KEYS = ("json_path", "sampling_strategy", "data_root", "video_read_type", "media_type", "weight")
 IMAGE_TOKENS, FRAME_TOKENS = 128, 16  # what the reference counts for media when it compares lengths
 
 
@@ -43,6 +44,8 @@ class Sample:
     start: float | None = None  # seconds; the part of the film to see
     end: float | None = None
     reader: str | None = None
+    dataset: int = 0  # which entry of the YAML
+    weight: float = 1.0  # of that entry
 
     @property
     def num_words(self) -> int:
@@ -72,20 +75,37 @@ def read_annotations(path: str | os.PathLike[str], data_root: str = "", *, seed:
     if path.suffix in (".json", ".jsonl"):
         entries: list[Any] = [{"json_path": path.name}]
     elif path.suffix in (".yaml", ".yml"):
-        entries = _read_yaml(path)
+        entries = read_yaml(path)
     else:
         raise ValueError(f"{path}: annotations must be a .yaml, .json or .jsonl file")
     samples: list[Sample] = []
     for number, entry in enumerate(entries):
         where = f"{path}, dataset {number}"
-        if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str):
-            raise ValueError(f"{where}: give a json_path; found {entry!r:.200}")
-        if unknown := sorted(set(entry) - set(KEYS)):
-            raise ValueError(f"{where}: unknown keys {unknown}; the keys are {', '.join(KEYS)}")
-        samples += _read_dataset(path.parent, entry, where, data_root, seed)
+        weight = check_entry(entry, where)
+        if weight:
+            found = _read_dataset(path.parent, entry, where, data_root, seed)
+            samples += [dataclasses.replace(s, dataset=number, weight=weight) for s in found]
     if not samples:
-        raise ValueError(f"{path}: no sample is left; check sampling_strategy of its datasets")
+        raise ValueError(f"{path}: no sample is left; check sampling_strategy and weight of its datasets")
     return samples
+
+
+def check_entry(entry: Any, where: str) -> float:
+    """The weight of a dataset whose entry in the YAML is as described.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if not isinstance(entry, dict) or not isinstance(entry.get("json_path"), str):
+        raise ValueError(f"{where}: give a json_path; found {entry!r:.200}")
+    if unknown := sorted(set(map(str, entry)) - set(KEYS)):
+        raise ValueError(f"{where}: unknown keys {unknown}; the keys are {', '.join(KEYS)}")
+    if (given := entry.get("media_type")) not in (None, "mix", *MEDIA):
+        raise ValueError(f"{where}: media_type is {given!r}; it must be one of {', '.join(MEDIA)} or mix")
+    weight = entry.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        raise ValueError(f"{where}: weight is {weight!r}; it must be a number, 0 or more")
+    return float(weight)
 
 
 def take(items: Sequence[Any], strategy: str, *, seed: int = 0) -> list[Any]:
@@ -125,7 +145,8 @@ def _amount(text: str, total: int, strategy: str) -> int:
     return math.ceil(number * total / 100) if text.endswith("%") else number
 
 
-def _read_yaml(path: pathlib.Path) -> list[Any]:
+def read_yaml(path: pathlib.Path) -> list[Any]:
+    """The datasets that a YAML lists."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -144,31 +165,47 @@ def _read_dataset(folder: pathlib.Path, entry: dict[str, Any], where: str, data_
         taken = take(list(enumerate(items)), entry.get("sampling_strategy", "all"), seed=seed)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    given = entry.get("media_type")
-    if given not in (None, "mix", *MEDIA):
-        raise ValueError(f"{where}: media_type is {given!r}; it must be one of {', '.join(MEDIA)} or mix")
-    root = None if given == "mix" else entry.get("data_root") or data_root or None
+    root = None if entry.get("media_type") == "mix" else entry.get("data_root") or data_root or None
     reader = entry.get("video_read_type")
-    samples = [_sample(f"{file}, item {i}", file.name, i, item, folder, root, reader) for i, item in taken]
+    samples = [parse_item(f"{file}, item {i}", file.name, i, item, folder, root, reader) for i, item in taken]
     _check_some_exist(samples, where)
     return samples
 
 
 def _read_items(file: pathlib.Path) -> list[Any]:
+    items = list(iter_items(file))
+    for item in items:
+        if isinstance(item, ValueError):
+            raise item
+    return items
+
+
+def iter_items(file: pathlib.Path) -> Iterator[Any]:
+    """Every item of an annotation file; a line that is not JSON gives its error instead.
+
+    Raises:
+      ValueError: the file as a whole cannot be read.
+    """
     try:
-        if file.suffix == ".jsonl":
-            lines = file.read_text(encoding="utf-8").split("\n")
-            return [_parse(line, f"{file}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-        items = _parse(file.read_text(encoding="utf-8"), str(file))
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ValueError(f"{file}: no such annotation file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: this annotation file cannot be read: {error}") from error
+    if file.suffix == ".jsonl":
+        for n, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    yield _parse(line, f"{file}, line {n}")
+                except ValueError as error:
+                    yield error
+        return
+    items = _parse(text, str(file))
     if not isinstance(items, list):
         raise ValueError(
             f"{file}: expected a list of samples, found {type(items).__name__}; name it .jsonl if it has one a line"
         )
-    return items
+    yield from items
 
 
 def _parse(text: str, where: str) -> Any:
@@ -178,9 +215,14 @@ def _parse(text: str, where: str) -> Any:
         raise ValueError(f"{where}: not JSON ({error})") from error
 
 
-def _sample(
+def parse_item(
     where: str, source: str, index: int, item: Any, folder: pathlib.Path, root: str | None, reader: str | None
 ) -> Sample:
+    """One item as a sample.
+
+    Raises:
+      ValueError: it is not as described.
+    """
     if not isinstance(item, dict) or not isinstance(item.get("conversations"), list) or not item["conversations"]:
         raise ValueError(f"{where}: expected an object with a list `conversations`; found {item!r:.200}")
     if not all(isinstance(turn, dict) for turn in item["conversations"]):

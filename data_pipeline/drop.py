@@ -52,12 +52,14 @@ def plan_drop(
     multiple: int = 1,
     lengths: Sequence[int] = (),
     num_queries: int = 0,
+    num_segments: int = 1,
 ) -> DropPlan:
     """Which tokens the even stages keep, how many every stage keeps, and the row lengths that follow.
 
     `labelled` marks tokens that are targets themselves; None reads it off the weights, which cannot tell for the
     first token of a segment. In training a segment that asks nothing keeps its tokens at attention stages.
-    `multiple` rounds the lengths up; `lengths` and `num_queries` are least values, so that hosts can agree.
+    `multiple` rounds the lengths up; `lengths`, `num_queries` and `num_segments` are least values, so that hosts can
+    agree.
     """
     slots, segments = np.asarray(batch.slots), np.asarray(batch.segments)
     if labelled is None:
@@ -67,7 +69,7 @@ def plan_drop(
     if not training:
         labelled = np.zeros(slots.shape, bool)
     survives = np.full(slots.shape, NEVER, np.int8)
-    keep = np.zeros((len(slots), max(1, int(segments.max(initial=0))), schedule.num_stages), np.int32)
+    keep = np.zeros((len(slots), max(1, num_segments, int(segments.max(initial=0))), schedule.num_stages), np.int32)
     asked = np.zeros(len(slots), np.int64)
     for b in range(len(slots)):
         for r in range(int(segments[b].max(initial=0))):

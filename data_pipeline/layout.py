@@ -18,6 +18,18 @@ from hico_jax.batch import Batch, Geometry
 from hico_jax.shapes import Float, Int, UInt8, ndarray
 
 
+class RowTooLongError(ValueError):
+    """A row that exceeds its limit."""
+
+    def __init__(self, length: int, visual: int, limit: int) -> None:
+        super().__init__(
+            f"the row has {length} tokens ({visual} visual, {length - visual} text) but the limit is {limit}; "
+            "raise data.max_length, or lower data.max_frames or data.image_grid"
+        )
+        self.excess = length - limit
+        self.frames = 0  # of its longest film, when known
+
+
 @dataclasses.dataclass(frozen=True)
 class Visual:
     """What one film or picture brings to a row."""
@@ -102,12 +114,8 @@ def row(
         start = place + 1
     limit = geometry.max_length if max_length is None else max_length
     length = sum(map(len, tokens))
-    if length > limit and truncate == "error":
-        visual = sum(map(len, pieces))
-        raise ValueError(
-            f"the row has {length} tokens ({visual} visual, {length - visual} text) but the limit is {limit}; "
-            "raise data.max_length, or lower data.max_frames or data.image_grid"
-        )
+    if length > limit and truncate != "reference":
+        raise RowTooLongError(length, sum(map(len, pieces)), limit)
     cut = slice(min(length, limit))
     return Row(
         tokens=np.concatenate(tokens)[cut].astype(np.int32),
@@ -169,6 +177,8 @@ def tile_order(visual: Visual, tokens_per_tile: int) -> Int[ndarray, " S"]:
 
 def pack(rows: Sequence[Row], geometry: Geometry) -> Row:
     """Several conversations in one row: attention stays inside each, positions start again."""
+    if len(rows) == 1:
+        return rows[0]
     total_clips = sum(r.num_clips for r in rows)
     slots, segments, clip, tile, segment = [], [], 0, 0, 0
     for r in rows:
@@ -217,7 +227,8 @@ def skip_positions(r: Row, reach: int, rng: np.random.Generator) -> Row:
 def targets(r: Row) -> tuple[Int[ndarray, " L"], Float[ndarray, " L"]]:
     """What each position predicts, and its weight: the next label of its segment, 0 where there is none.
 
-    A run of visual tokens predicts what comes after it from every place, because dropping may leave any of them last.
+    A run of visual tokens predicts what comes after it from every place, because dropping may leave any of them last;
+    so does the text token before it, because dropping may leave none. The model trains only the last one alive.
     """
     length = len(r)
     following = np.full(length, IGNORE, np.int32)
@@ -225,6 +236,8 @@ def targets(r: Row) -> tuple[Int[ndarray, " L"], Float[ndarray, " L"]]:
     following[:-1] = np.where(same & (r.segments[1:] > 0), r.labels[1:], IGNORE)
     ends = np.flatnonzero((r.slots < 0) | np.append((r.slots[1:] < 0) | ~same, True))  # text, and the last of a run
     following = following[ends[np.searchsorted(ends, np.arange(length))]] if length else following
+    (before,) = np.nonzero((r.slots[:-1] < 0) & (r.slots[1:] >= 0) & same & (r.segments[1:] > 0))
+    following[before] = following[before + 1]
     learnt = following != IGNORE
     return np.where(learnt, following, 0).astype(np.int32), learnt.astype(np.float32)
 
@@ -285,7 +298,7 @@ def collate(
         return batch
     plan = plan_drop(
         batch, geometry.drop, labelled=labelled, training=training, multiple=drop_multiple,
-        lengths=own.kept, num_queries=own.queries,
+        lengths=own.kept, num_queries=own.queries, num_segments=own.segments,
     )  # fmt: skip
     return batch.replace(drop=plan)  # type: ignore[attr-defined]
 
@@ -307,6 +320,7 @@ class Sizes:
     tiles: int = 0
     kept: tuple[int, ...] = ()  # row length after each stage of compression
     queries: int = 0
+    segments: int = 0
 
     def union(self, other: Sizes) -> Sizes:
         """The least sizes that hold both."""
@@ -317,6 +331,7 @@ class Sizes:
             max(self.tiles, other.tiles),
             tuple(max(p) for p in pairs) or self.kept or other.kept,
             max(self.queries, other.queries),
+            max(self.segments, other.segments),
         )
 
 
@@ -330,4 +345,4 @@ def measure(r: Row, geometry: Geometry, *, training: bool = True) -> Sizes:
             asks = count_queries(r.labels[mine] != IGNORE)
             kept += stages(int((r.slots[mine] >= 0).sum()), geometry.drop, asks > 0 or not training)[0]
             queries += asks
-    return Sizes(len(r), r.num_clips, r.num_tiles, tuple(kept.tolist()), queries)
+    return Sizes(len(r), r.num_clips, r.num_tiles, tuple(kept.tolist()), queries, int(r.segments.max(initial=0)))

@@ -10,9 +10,13 @@ Next: hico_jax/train.py
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
+import os
+import re
+import tempfile
 import threading
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,13 +25,14 @@ import grain
 import numpy as np
 from absl import flags
 
-from data_pipeline import buckets, layout
+from data_pipeline import buckets, layout, records
 from data_pipeline.annotations import Sample, read_annotations
+from data_pipeline.index import Index
 from data_pipeline.options import DataConfig
-from data_pipeline.order import epoch_order, steps_per_epoch
 from data_pipeline.sample import Lay, lay_out, read_pixels
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from hico_jax.batch import Batch, Geometry
+from hico_jax.shapes import Int, ndarray
 
 ENDLESS = 1 << 40  # steps of a run without end
 
@@ -42,7 +47,8 @@ class Info:
     sources: tuple[str, ...]  # their annotation files
     waste: float  # part of this host's token places that is padding
     bad: tuple[str, ...]  # "id (source): reason" of rows that became masked dummies
-    bad_total: Mapping[str, int]  # bad rows of each source since the start
+    bad_total: Mapping[str, int]  # bad samples of each source since the start
+    bad_reasons: Mapping[str, int]  # the same by source and kind of fault
 
 
 class Loaded(NamedTuple):
@@ -59,10 +65,10 @@ class Loaded(NamedTuple):
 class Made(NamedTuple):
     """One row of this host, and the sizes that the global batch needs as far as this row's neighbours tell."""
 
-    sample: int
+    samples: tuple[int, ...]
     row: layout.Row
     sizes: layout.Sizes
-    fault: str
+    faults: tuple[str, ...]  # of each sample; "" for a sound one
 
 
 class TooManyBadSamplesError(ValueError):
@@ -93,8 +99,14 @@ def make_loader(
         )
     if tokenizer is None:
         tokenizer = load_tokenizer(config.tokenizer)
-    samples = read_annotations(config.annotations, config.data_root, seed=config.seed)
-    return Loader(Plan(config, geometry, samples, tokenizer, process_index, process_count), start)
+    prepared = records.find(config.annotations)
+    if prepared:
+        samples = records.read_samples(prepared)
+    else:
+        samples = read_annotations(config.annotations, config.data_root, seed=config.seed)
+    plan = Plan(config, geometry, samples, tokenizer, process_index, process_count)
+    plan.media = records.Media(prepared) if prepared else None
+    return Loader(plan, start)
 
 
 class Plan:
@@ -111,38 +123,54 @@ class Plan:
     ) -> None:
         self.config, self.geometry, self.samples, self.tokenizer = config, geometry, samples, tokenizer
         self.host, self.hosts = host, hosts
-        self.lengths = np.array([s.modality_length for s in samples])
-        grouped = config.group_by_modality_length
-        self.steps_per_epoch = steps_per_epoch(self.lengths, config.batch_size, group=grouped)
+        self.media: records.Media | None = None  # where a prepared folder's files come from
         self.rows_per_step = config.batch_size // hosts
         self.fixed = all(len(b) == 1 for b in (config.length_buckets, config.clip_buckets, config.tile_buckets))
-        self._order = functools.lru_cache(maxsize=2)(self._epoch)
         self._cache = _Cache(config.cache_mb << 20 if config.sample != "rand" else 0)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("_order", "_cache")}
+        kept = {k: v for k, v in self.__dict__.items() if k != "_cache"}
         return kept | {"cache_bytes": self._cache.limit}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._cache = _Cache(state.pop("cache_bytes"))
         self.__dict__.update(state)
-        self._order = functools.lru_cache(maxsize=2)(self._epoch)
 
-    def _epoch(self, epoch: int) -> np.ndarray:
-        c = self.config
-        return epoch_order(self.lengths, c.batch_size, c.seed, epoch, group=c.group_by_modality_length)
+    @functools.cached_property
+    def index(self) -> Index:
+        """Which samples make which row."""
+        c, samples = self.config, self.samples
+        numbers = sorted({s.dataset for s in samples})
+        weights = {s.dataset: s.weight for s in samples}
+        return Index(
+            np.array([s.modality_length for s in samples]), c.batch_size, c.seed, group=c.group_by_modality_length,
+            datasets=[numbers.index(s.dataset) for s in samples], weights=[weights[n] for n in numbers],
+            tokens=self._measure() if c.pack else None, pack=c.pack,
+        )  # fmt: skip
+
+    def _measure(self) -> Int[ndarray, " n"]:
+        """Tokens of every sample's row, from headers and text; kept in `data.index_file`. A bad sample is short."""
+        c, file = self.config, self.config.index_file
+        key = np.frombuffer(hashlib.sha256(repr((self._named(), repr(c), repr(self.geometry))).encode()).digest(), "u1")
+        if file and os.path.exists(file):
+            with np.load(file) as kept:
+                if np.array_equal(kept["key"], key):
+                    return kept["tokens"]
+        with concurrent.futures.ThreadPoolExecutor(c.read_threads) as pool:
+            tokens = np.fromiter(pool.map(lambda i: len(self._lay_out(i, 0)[0].row), range(len(self.samples))), int)
+        if file:
+            os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=os.path.dirname(file) or ".", suffix=".npz", delete=False) as new:
+                np.savez(new, key=key, tokens=tokens)
+            os.replace(new.name, file)
+        return tokens
+
+    def _named(self) -> str:
+        return hashlib.sha256(repr([(s.id, s.source) for s in self.samples]).encode()).hexdigest()
 
     def fingerprint(self) -> str:
         """Changes when a saved position would no longer name the same rows."""
-        told = hashlib.sha256(repr([(s.id, s.source) for s in self.samples]).encode())
-        c = self.config
-        told.update(repr((c.batch_size, c.seed, c.group_by_modality_length)).encode())
-        return told.hexdigest()[:16]
-
-    def sample_at(self, step: int, place: int) -> int:
-        """Index of the sample in a place of a global batch."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        return int(self._order(epoch)[within * self.config.batch_size + place])
+        return hashlib.sha256(f"{self._named()} {self.index.digest()}".encode()).hexdigest()[:16]
 
     def make(self, number: int) -> Made:
         """Row `number` of this host: row p of every `hosts` rows of a global batch is host p's.
@@ -151,40 +179,57 @@ class Plan:
         where every bucket is fixed there is nothing to agree on.
         """
         step, local = divmod(number, self.rows_per_step)
+        epoch = self.index.locate(step)[0]
         first = local * self.hosts
-        mine = self.sample_at(step, first + self.host)
-        row, sizes, fault = self._row(mine, step)
+        mine = self.index.row(step, first + self.host)
+        laid, faults = self._lay_out_all(mine, epoch)
+        sizes = self._sizes(layout.pack([lay.row for lay in laid], self.geometry))
+        parts = [self._read(lay, fault) for lay, fault in zip(laid, faults, strict=True)]
+        rows = [row for row, _ in parts]
         if self.config.position_skip:
             rng = np.random.default_rng((self.config.seed, step, first + self.host))
-            row = layout.skip_positions(row, self.config.position_skip, rng)
+            rows = [layout.skip_positions(row, self.config.position_skip, rng) for row in rows]
         if self.hosts > 1 and (not self.fixed or self.geometry.drop.num_stages):
             for place in range(first, first + self.hosts):
                 if place != first + self.host:
-                    sizes = sizes.union(self._sizes(self._lay_out(self.sample_at(step, place), step)[0].row))
-        return Made(mine, row, sizes, fault)
+                    others, _ = self._lay_out_all(self.index.row(step, place), epoch)
+                    sizes = sizes.union(self._sizes(layout.pack([lay.row for lay in others], self.geometry)))
+        return Made(mine, layout.pack(rows, self.geometry), sizes, tuple(fault for _, fault in parts))
+
+    def _lay_out_all(self, samples: Sequence[int], epoch: int) -> tuple[list[Lay], list[str]]:
+        """The conversations of one row. What does not fit although it was planned to is left out, and counted."""
+        laid, faults, length = [], [], 0
+        for sample in samples:
+            lay, fault = self._lay_out(sample, epoch)
+            if laid and not fault and length + len(lay.row) > self.config.pack:
+                lay, fault = self._dummy(), f"{len(lay.row)} tokens, longer than planned: its packed row has no room"
+            length += len(lay.row)
+            laid.append(lay)
+            faults.append(fault)
+        return laid, faults
 
     def _sizes(self, row: layout.Row) -> layout.Sizes:
         return layout.measure(row, self.geometry)
 
-    def _row(self, index: int, step: int) -> tuple[layout.Row, layout.Sizes, str]:
-        """A row of this host. Its sizes are those of its layout even where its pixels fail: others count with them."""
-        laid, fault = self._lay_out(index, step)
-        row, sizes = laid.row, self._sizes(laid.row)
-        if not fault:
-            try:
-                kept = self._cache.get(laid.media)
-                if kept is None:
-                    kept = read_pixels(laid, self.geometry, self.config)
-                    self._cache.put(laid.media, kept)
-                row = dataclasses.replace(row, clips=kept.clips, tiles=kept.tiles)
-            except ValueError as error:  # every fault of a file or an annotation is one
-                row, fault = self._dummy().row, _reason(error)
-        return row, sizes, fault
-
-    def _lay_out(self, index: int, step: int) -> tuple[Lay, str]:
-        rng = np.random.default_rng((self.config.seed, step // self.steps_per_epoch, index))
+    def _read(self, laid: Lay, fault: str) -> tuple[layout.Row, str]:
+        """The row with its pixels, or a masked one and why."""
+        if fault:
+            return laid.row, fault
         try:
-            return lay_out(self.samples[index], self.config, self.geometry, self.tokenizer, rng), ""
+            kept = self._cache.get(laid.media)
+            if kept is None:
+                kept = read_pixels(laid, self.geometry, self.config)
+                self._cache.put(laid.media, kept)
+        except ValueError as error:  # every fault of a file or an annotation is one
+            return self._dummy().row, _reason(error)
+        return dataclasses.replace(laid.row, clips=kept.clips, tiles=kept.tiles), ""
+
+    def _lay_out(self, index: int, epoch: int) -> tuple[Lay, str]:
+        rng = np.random.default_rng((self.config.seed, epoch, index))
+        try:
+            sample = self.samples[index]
+            sample = self.media.local(sample) if self.media else sample
+            return lay_out(sample, self.config, self.geometry, self.tokenizer, rng), ""
         except ValueError as error:
             return self._dummy(), _reason(error)
 
@@ -205,7 +250,9 @@ class Plan:
             buckets.bucket(sizes.clips, c.clip_buckets, 1),
             buckets.bucket(sizes.tiles, c.tile_buckets, 1),
             drop_multiple=c.length_step,
-            sizes=dataclasses.replace(sizes, queries=buckets.ladder(sizes.queries, 8)),
+            sizes=dataclasses.replace(
+                sizes, queries=buckets.ladder(sizes.queries, 8), segments=buckets.ladder(sizes.segments, 1)
+            ),
         )
 
 
@@ -214,11 +261,13 @@ class Loader:
 
     def __init__(self, plan: Plan, start: Mapping[str, Any] | None = None) -> None:
         self.plan = plan
-        self.steps_per_epoch = plan.steps_per_epoch
-        self.num_steps: int | None = plan.steps_per_epoch * plan.config.num_epochs or None
+        self.steps_per_epoch = plan.index.steps(1)
+        epochs = plan.config.num_epochs
+        self.num_steps: int | None = plan.index.steps(epochs) if epochs else None
         self._iterator: Any = None
         self._step, self._seen = 0, 0
         self._bad: collections.Counter[str] = collections.Counter()
+        self._reasons: collections.Counter[str] = collections.Counter()
         if start is not None:
             self.set_state(start)
 
@@ -230,19 +279,22 @@ class Loader:
             self._iterator = iter(_reading(self.plan, self._step, self.num_steps or ENDLESS))
         made = next(self._iterator)
         batch = self.plan.collate(made)
-        samples = [self.plan.samples[m.sample] for m in made]
-        faults = [(s, m.fault) for s, m in zip(samples, made, strict=True) if m.fault]
+        samples = [self.plan.samples[i] for m in made for i in m.samples]
+        told = [fault for m in made for fault in m.faults]
+        faults = [(s, fault) for s, fault in zip(samples, told, strict=True) if fault]
         self._bad.update(s.source for s, _ in faults)
-        self._seen += len(made)
+        self._reasons.update(f"{s.source}: {kind_of(fault)}" for s, fault in faults)
+        self._seen += len(samples)
         self._check(faults)
         info = Info(
             step=self._step,
-            epoch=self._step // self.steps_per_epoch,
+            epoch=self.plan.index.locate(self._step)[0],
             ids=tuple(s.id for s in samples),
             sources=tuple(s.source for s in samples),
             waste=1.0 - sum(len(m.row) for m in made) / max(1, batch.tokens.size),
             bad=tuple(f"{s.id} ({s.source}): {fault}" for s, fault in faults),
             bad_total=dict(self._bad),
+            bad_reasons=dict(self._reasons),
         )
         self._step += 1
         return Loaded(batch, info)
@@ -250,7 +302,7 @@ class Loader:
     def _check(self, faults: Sequence[tuple[Sample, str]]) -> None:
         """Stop when more of what was seen, or of one epoch if that is more, is bad than allowed."""
         bad, share = self._bad.total(), self.plan.config.max_bad_fraction
-        whole = max(self._seen, self.plan.rows_per_step * self.steps_per_epoch)
+        whole = max(self._seen, len(self.plan.samples) // self.plan.hosts)
         if faults and bad > share * whole:
             sample, fault = faults[-1]
             raise TooManyBadSamplesError(
@@ -268,6 +320,7 @@ class Loader:
             "step": self._step,
             "seen": self._seen,
             "bad": dict(self._bad),
+            "reasons": dict(self._reasons),
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -284,6 +337,7 @@ class Loader:
         self.close()
         self._step, self._seen = state["step"], state["seen"]
         self._bad = collections.Counter(state["bad"])
+        self._reasons = collections.Counter(state["reasons"])
 
     def close(self) -> None:
         """Stop reading ahead; the next batch starts it again."""
@@ -332,6 +386,17 @@ class _Cache:
 
 def _bytes(row: layout.Row) -> int:
     return sum(a.nbytes for a in (row.clips, row.tiles, row.tokens) if a is not None)
+
+
+def kind_of(fault: str) -> str:
+    """A fault without the names and numbers in it, so that alike ones are counted together.
+
+    Example:
+      >>> kind_of("/data/a.mp4: the film has 12 frames")
+      'the film has N frames'
+    """
+    text = re.sub(r"\S*/\S*:?\s?|'[^']*'", "", fault)
+    return re.sub(r"\d+", "N", text).strip()[:80]
 
 
 def _reason(error: ValueError) -> str:

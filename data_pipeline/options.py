@@ -13,7 +13,7 @@ from data_pipeline.frames import Sampling
 from data_pipeline.image import ASPECTS, GRID, candidates
 
 TIME_MESSAGES = ("short", "long", "none")
-TRUNCATIONS = ("error", "reference")
+TRUNCATIONS = ("error", "frames", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class DataConfig:
       ValueError: an option is out of range; the message names the option and the values it takes.
     """
 
-    annotations: str = ""  # YAML that lists annotation files (`data_path` in the reference), or one .json/.jsonl
+    annotations: str = ""  # YAML that lists annotation files (`data_path`), one .json/.jsonl, or a prepared folder
     data_root: str = ""  # media paths are below this where the YAML gives no root; "": beside the annotations
     tokenizer: str = ""  # folder with tokenizer.json or tokenizer.model
     batch_size: int = 8  # rows of a global batch, over all hosts
@@ -40,7 +40,9 @@ class DataConfig:
 
     max_length: int = 0  # tokens of a row with its visual tokens; 0: the model's own limit
     position_skip: int = 0  # rotary positions jump by up to this inside a row (`use_pos_skipping`); 0: they never do
-    truncate: str = "error"  # a longer row is a bad sample, or with "reference" loses its end
+    truncate: str = "error"  # a longer row is a bad sample; "frames": shows fewer frames; "reference": loses its end
+    pack: int = 0  # several conversations share a row of up to this many tokens; 0: one conversation a row
+    index_file: str = ""  # .npz that keeps the lengths packing plans by; "": measured at every start
     length_step: int = 128  # least step of automatic row lengths: 128 is what accelerators tile by, 16 suits a CPU
     length_buckets: tuple[int, ...] = ()  # allowed row lengths, rising; (): an automatic ladder
     clip_buckets: tuple[int, ...] = ()  # allowed numbers of clips in a row; (): an automatic ladder
@@ -64,8 +66,8 @@ class DataConfig:
         candidates(self.image_grid, 1)
         for name, least in (
             ("batch_size", 1), ("min_frames", 0), ("max_frames", 0), ("frame_multiple", 1), ("max_length", 0),
-            ("position_skip", 0), ("num_epochs", 0), ("worker_count", 0), ("read_threads", 1), ("prefetch_rows", 1),
-            ("cache_mb", 0), ("seed", 0), ("length_step", 1),
+            ("position_skip", 0), ("pack", 0), ("num_epochs", 0), ("worker_count", 0), ("read_threads", 1),
+            ("prefetch_rows", 1), ("cache_mb", 0), ("seed", 0), ("length_step", 1),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least {least}")

@@ -14,7 +14,7 @@ import numpy as np
 
 from data_pipeline import chat, image, layout, video
 from data_pipeline.annotations import Sample
-from data_pipeline.frames import time_message
+from data_pipeline.frames import Sampling, time_message
 from data_pipeline.layout import Visual
 from data_pipeline.options import DataConfig
 from data_pipeline.tokenizer import Tokenizer
@@ -43,11 +43,38 @@ def lay_out(
     Raises:
       ValueError: whatever makes the sample unusable, in one sentence.
     """
+    if not any(role == "assistant" for role, _ in chat.read_turns(sample.conversation)):
+        raise ValueError("the conversation has no answer; give it a turn of the assistant (gpt)")
+    try:
+        return _lay_out(sample, config, geometry, tokenizer, rng, config.sampling())
+    except layout.RowTooLongError as error:
+        if config.truncate != "frames" or sample.media == "text":
+            raise
+        fewer = config.sampling()
+        while sample.media == "video":  # the text may shrink a little too: the message counts the frames
+            over = -(-error.excess // (geometry.tokens_per_clip * len(sample.paths))) * geometry.frames_per_clip
+            most = min(error.frames, fewer.max_frames or error.frames) // config.frame_multiple * config.frame_multiple
+            most = (most - over) // config.frame_multiple * config.frame_multiple
+            if most < max(config.frame_multiple, geometry.frames_per_clip):
+                raise
+            fewer = dataclasses.replace(fewer, min_frames=min(fewer.min_frames, most), max_frames=most)
+            try:
+                return _lay_out(sample, config, geometry, tokenizer, rng, fewer)
+            except layout.RowTooLongError as again:
+                error = again
+        config = dataclasses.replace(config, image_aspect="square")  # one tile for each picture
+        return _lay_out(sample, config, geometry, tokenizer, rng, fewer)
+
+
+def _lay_out(
+    sample: Sample, config: DataConfig, geometry: Geometry, tokenizer: Tokenizer, rng: np.random.Generator,
+    sampling: Sampling,
+) -> Lay:  # fmt: skip
     films, visuals, message = [], [], ""
     if sample.media == "video":
         for path in sample.paths:
             info = video.open_video(path, sample.reader)
-            indices, duration = video.choose(info, config.sampling(), start=sample.start, end=sample.end, rng=rng)
+            indices, duration = video.choose(info, sampling, start=sample.start, end=sample.end, rng=rng)
             films.append((info, indices))
             visuals.append(Visual.film(len(indices), geometry))
             message = time_message(duration, indices, info.fps, config.time_message)
@@ -61,14 +88,18 @@ def lay_out(
         has_media=sample.media != "text",
         message=message,
     )
-    row = layout.row(
-        text.ids,
-        text.labels,
-        visuals,
-        geometry,
-        max_length=config.max_length or None,
-        truncate=config.truncate,
-    )
+    try:
+        row = layout.row(
+            text.ids,
+            text.labels,
+            visuals,
+            geometry,
+            max_length=config.max_length or None,
+            truncate=config.truncate,
+        )
+    except layout.RowTooLongError as error:
+        error.frames = max((len(indices) for _, indices in films), default=0)
+        raise
     return Lay(row, tuple(films), sample.paths if sample.media == "image" else ())
 
 

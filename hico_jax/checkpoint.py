@@ -3,7 +3,7 @@
 A checkpoint is `<workdir>/checkpoints/<step>/` with three items: `params` and `optimizer` are plain nested
 dicts of arrays whose names do not depend on NNX or on what was frozen; `meta` is JSON. Orbax writes it beside
 the training and renames it into place, so a killed save leaves nothing that looks finished. Orbax does not
-notice a flipped bit, so every array carries a digest of ours that a restore checks.
+notice a flipped bit, so every array carries a digest of ours that a restore checks, and `meta` one of its own.
 
 In: trees with shardings. Out: the same trees, on the same or on another mesh.
 """
@@ -11,6 +11,8 @@ In: trees with shardings. Out: the same trees, on the same or on another mesh.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -35,6 +37,7 @@ class Restored:
     params: Any  # nested dict of arrays
     optimizer: Any  # nested dict of arrays; None when only parameters were asked for
     meta: dict[str, Any]
+    skipped: tuple[str, ...] = ()  # newer checkpoints that were passed over, each with the reason
 
 
 class Checkpointer:
@@ -61,7 +64,7 @@ class Checkpointer:
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params),
                 optimizer=ocp.args.StandardSave(optimizer),
-                meta=ocp.args.JsonSave(meta),
+                meta=ocp.args.JsonSave(seal(meta)),
             ),
         )
 
@@ -75,24 +78,17 @@ class Checkpointer:
         Raises:
           ValueError: every checkpoint is damaged, or its arrays are not the ones asked for.
         """
-        damaged: dict[int, str] = {}
-        for step in reversed(self.steps()):
-            try:
-                restored = _restore(self.folder / str(step), params, optimizer)
-            except DamagedError as error:
-                logging.warning("%s; trying the checkpoint before it", error)
-                damaged[step] = str(error)
-                continue
-            self._set_aside(damaged)
-            return restored
-        raise ValueError(f"no usable checkpoint in {self.folder}: {'; '.join(damaged.values()) or 'there is none'}")
+        restored = _newest(self.folder, reversed(self.steps()), params, optimizer)
+        self._set_aside(step for step in self.steps() if step > restored.meta["step"])
+        return restored
 
-    def _set_aside(self, steps: Iterable[int]) -> None:
+    def _set_aside(self, damaged: Iterable[int]) -> None:
         """Rename damaged checkpoints, or this run could not save those steps again."""
-        for step in steps:
-            if jax.process_index() == 0:
+        if damaged := list(damaged):
+            for step in damaged if jax.process_index() == 0 else ():
                 (self.folder / str(step)).rename(self.folder / f"damaged-{step}-{time.time_ns()}")
-        self._manager.reload()
+            _barrier("set aside")
+            self._manager.reload()
 
     def close(self) -> None:
         """Wait for saves under way."""
@@ -106,45 +102,90 @@ class DamagedError(Exception):
 
 def latest_step(workdir: str) -> int | None:
     """The newest committed step of a run, read from disk; None when it has none."""
+    return max(_committed(workdir), default=None)
+
+
+def _committed(workdir: str) -> list[int]:
     folder = epath.Path(workdir) / FOLDER
     if not workdir or not folder.is_dir():
-        return None
-    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / META).exists()]
-    return max(steps, default=None)
+        return []
+    return [int(p.name) for p in folder.iterdir() if p.name.isdigit() and (p / META).exists()]
 
 
 def load_params(workdir: str, params: Any) -> Restored:
-    """The parameters alone of a run's newest checkpoint: how a stage begins from its parent.
+    """The parameters alone of a run's newest sound checkpoint: how a stage begins from its parent.
 
     Resolutions may differ, since position tables are constants and not parameters.
 
     Raises:
-      ValueError: the run has no checkpoint, it is damaged, or its parameters are not the ones asked for.
+      ValueError: the run has no checkpoint, all are damaged, or its parameters are not the ones asked for.
     """
-    step = latest_step(workdir)
-    if step is None:
+    steps = sorted(_committed(workdir), reverse=True)
+    if not steps:
         raise ValueError(f"{workdir} holds no checkpoint. Train that stage first, or change init.parent.")
-    try:
-        return _restore(epath.Path(workdir).absolute() / FOLDER / str(step), params, None)
-    except DamagedError as error:
-        raise ValueError(str(error)) from None
+    return _newest(epath.Path(workdir).absolute() / FOLDER, steps, params, None)
 
 
 def read_meta(workdir: str) -> dict[str, Any]:
-    """The JSON of a run's newest checkpoint: step, data position, configuration.
+    """The JSON of a run's newest checkpoint whose JSON is sound: step, data position, configuration.
 
     Raises:
-      ValueError: the run has no checkpoint.
+      ValueError: the run has no such checkpoint.
     """
-    step = latest_step(workdir)
-    if step is None:
-        raise ValueError(f"{workdir} holds no checkpoint")
-    return _read(epath.Path(workdir).absolute() / FOLDER / str(step), META, ocp.args.JsonRestore())
+    reasons = []
+    for step in sorted(_committed(workdir), reverse=True):
+        try:
+            return _read_meta(epath.Path(workdir).absolute() / FOLDER / str(step))
+        except DamagedError as error:
+            reasons.append(str(error))
+    raise ValueError("; ".join(reasons) or f"{workdir} holds no checkpoint")
+
+
+def seal(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON with a digest of its text, so that a flipped digit in it is noticed."""
+    body = json.loads(json.dumps(meta))  # as it will be read: tuples are lists, keys are text
+    return {"body": body, "sha256": _sha256(body)}
+
+
+def _sha256(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _newest(folder: epath.Path, steps: Iterable[int], params: Any, optimizer: Any) -> Restored:
+    """The first of `steps` whose arrays and JSON match their digests."""
+    reasons: list[str] = []
+    for step in steps:
+        found, reason = None, ""
+        try:
+            found = _restore(folder / str(step), params, optimizer)
+        except DamagedError as error:
+            reason = str(error)
+        if _everywhere(found is not None) and found is not None:
+            return dataclasses.replace(found, skipped=tuple(reasons))
+        reasons.append(reason or f"{folder / str(step)} is damaged for another process")
+        logging.warning("%s; trying the checkpoint before it", reasons[-1])
+    raise ValueError(f"no usable checkpoint in {folder}: {'; '.join(reasons) or 'there is none'}")
+
+
+def _everywhere(ok: bool) -> bool:
+    """Whether it is so for every process: all must go on from the same step."""
+    if jax.process_count() == 1:
+        return ok
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(jnp.asarray(ok)).all())
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 def _restore(folder: epath.Path, params: Any, optimizer: Any) -> Restored:
     wanted = {PARAMS: params} | ({OPTIMIZER: optimizer} if optimizer is not None else {})
-    meta = _read(folder, META, ocp.args.JsonRestore())
+    meta = _read_meta(folder)
     written = {name: a for name, a in meta["arrays"].items() if name.split("/")[0] in wanted}
     have = {name: jax.ShapeDtypeStruct(a["shape"], a["dtype"]) for name, a in written.items()}
     problems = mismatches(have, flatten(wanted))
@@ -157,6 +198,16 @@ def _restore(folder: epath.Path, params: Any, optimizer: Any) -> Restored:
         if written[name]["digest"] != found["digest"]:
             raise DamagedError(f"{folder} is damaged: {name} is not what was written")
     return Restored(arrays[PARAMS], arrays.get(OPTIMIZER), meta)
+
+
+def _read_meta(folder: epath.Path) -> dict[str, Any]:
+    sealed = _read(folder, META, ocp.args.JsonRestore())
+    body = sealed.get("body") if isinstance(sealed, dict) else None
+    if not isinstance(body, dict) or sealed.get("sha256") != _sha256(body):
+        raise DamagedError(f"{folder} is damaged: {META} is not what was written")
+    if str(body["step"]) != folder.name:
+        raise DamagedError(f"{folder} is damaged: it holds step {body['step']}")
+    return body
 
 
 def _read(folder: epath.Path, name: str, args: Any) -> Any:

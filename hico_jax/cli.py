@@ -18,12 +18,13 @@ from typing import NoReturn
 
 from hico_jax import __version__
 
-OK, BROKEN, MISUSED, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+OK, BROKEN, MISUSED, AGAIN, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 75, 130, 141
 
 EXIT_CODES = f"""exit codes:
   {OK:<4} done
   {BROKEN:<4} something is broken (doctor says what; otherwise a traceback)
   {MISUSED:<4} a mistake in the command, a path or a configuration; one line on stderr says which
+  {AGAIN:<4} told to stop (SIGTERM, preemption) and saved: run the same command again
   {INTERRUPTED:<4} stopped by Ctrl-C
   {PIPE_CLOSED:<4} whoever read the output closed it (`hico models | head`)
 
@@ -332,6 +333,23 @@ def _written(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("check", "prepare"), help="find every defect, or write ArrayRecord")
+    parser.add_argument("file", metavar="FILE", help="a YAML of datasets, or one .json or .jsonl")
+    parser.add_argument("--data-root", metavar="DIR", default="", help="media are below it")
+    checked = parser.add_argument_group("check")
+    checked.add_argument("--model", metavar="NAME", default="umt_qwen2_7b", help="whose rows are counted (%(default)s)")
+    checked.add_argument("--tokenizer", metavar="DIR", help="counts text exactly instead of guessing")
+    checked.add_argument("--sample", default="dynamic_fps1", help="how frames are chosen (%(default)s)")
+    checked.add_argument("--min-frames", metavar="N", type=_count, default=64, help="(%(default)s)")
+    checked.add_argument("--max-frames", metavar="N", type=_count, default=512, help="(%(default)s)")
+    checked.add_argument("--headers", action="store_true", help="decode nothing: faster, misses damage inside files")
+    checked.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    prepared = parser.add_argument_group("prepare")
+    prepared.add_argument("--out", metavar="DIR", help="new folder or bucket path")
+    prepared.add_argument("--beam", metavar="OPTIONS", help="read media with Apache Beam: '--runner=... --...'")
+
+
 def _doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
@@ -470,6 +488,13 @@ COMMANDS: dict[str, Command] = {
         _export,
         "examples:\n  hico export runs/stage3 out/stage3\n  hico export models/7b out/llm --part llm",
         resume="Nothing was left behind; run the command again.",
+    ),
+    "data": Command(
+        "hico_jax.data:main",
+        "check annotations and media before a run, or prepare them for a pod",
+        _data,
+        resume="Nothing was changed; run it again any time.",
+        epilog="examples:\n  hico data check stage3.yaml\n  hico data prepare stage3.yaml --out gs://bucket/stage3",
     ),
     "doctor": Command(
         "hico_jax.doctor:main",

@@ -6,10 +6,11 @@ process writes.
 
 from __future__ import annotations
 
+import collections
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 import jax
@@ -19,6 +20,7 @@ from etils import epath
 from hico_jax.batch import Batch, Geometry
 
 FILE = "metrics.jsonl"
+TAIL = 32  # lines that a checkpoint holds
 
 # Dense bfloat16 products per second of one chip, as its vendor states them.
 PEAK_FLOPS = {
@@ -66,10 +68,12 @@ class Writer:
     """`metrics.jsonl`, one line a step, and the same as TensorBoard events.
 
     `resume` is the step the run goes on from: what an earlier process wrote after it is dropped, so that a
-    killed and resumed run reads like one that was never stopped.
+    killed and resumed run reads like one that was never stopped. `tail` are the last lines as the checkpoint
+    holds them: those that are missing from the file are put back.
     """
 
-    def __init__(self, workdir: str, resume: int = 0) -> None:
+    def __init__(self, workdir: str, resume: int = 0, tail: Iterable[Mapping[str, Any]] = ()) -> None:
+        self._tail: collections.deque[dict[str, Any]] = collections.deque(maxlen=TAIL)
         self.active = jax.process_index() == 0
         self._events: Any = None
         if not self.active:
@@ -77,23 +81,29 @@ class Writer:
         self._path = epath.Path(workdir) / FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read(workdir) if line["step"] <= resume]
+        have = {line["step"] for line in kept}
+        kept = sorted([*kept, *(dict(t) for t in tail if t["step"] not in have)], key=lambda line: line["step"])
+        self._tail.extend(kept)
         self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         if "://" not in workdir:  # tensorboardX writes to local folders only
             from tensorboardX import SummaryWriter
 
             self._events = SummaryWriter(str(epath.Path(workdir) / "events"), purge_step=resume + 1)
-        self._lines: list[str] = []
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add one step. Flushed at once: what was printed is on disk."""
         if not self.active:
             return
-        line = json.dumps({"step": step, **values}) + "\n"
+        self._tail.append({"step": step, **values})
         with self._path.open("a") as file:
-            file.write(line)
+            file.write(json.dumps(self._tail[-1]) + "\n")
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
+
+    def tail(self) -> list[dict[str, Any]]:
+        """The last lines, for the checkpoint."""
+        return list(self._tail)
 
     def close(self) -> None:
         if self._events is not None:

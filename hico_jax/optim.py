@@ -28,6 +28,8 @@ from hico_jax.shapes import Array, Float
 Rate = float | str | None
 Table = tuple[tuple[str, Rate], ...]
 SCHEDULES = ("cosine", "constant")
+KINDS = ("adamw", "adafactor")
+MOMENTS = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,8 @@ class OptimConfig:
       ValueError: a rate that is neither a number, `"lr"` nor None, a bad pattern, or a number out of range.
     """
 
+    kind: str = "adamw"  # one of KINDS; Adafactor keeps a row and a column of second moments, and no first
+    moments: str = "float32"  # one of MOMENTS, of AdamW; bfloat16 halves them and rounds at random
     lr: float = 1e-5  # peak rate of rows that say "lr"
     rates: Table = ((r".*", "lr"),)  # pattern -> rate | "lr" | None (frozen); first full match wins
     schedule: str = "cosine"  # one of SCHEDULES, after the warm-up
@@ -52,6 +56,9 @@ class OptimConfig:
     loss_average: str = "tokens"  # one of losses.AVERAGES
 
     def __post_init__(self) -> None:
+        for name, known in (("kind", KINDS), ("moments", MOMENTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"optim.{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"optim.schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}")
         if self.loss_average not in AVERAGES:
@@ -175,12 +182,15 @@ def schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def optimizer(config: OptimConfig, steps: int, trainable: Any) -> optax.GradientTransformation:
-    """AdamW for the trainable half, each parameter at its row's rate times the schedule.
+    """AdamW (or Adafactor) for the trainable half, each parameter at its row's rate times the schedule.
 
     Clipping is `clip`, outside this chain: the norm it needs is logged as well.
     """
     rates = assign_resolved(config, parameter_names(trainable))
-    chain = [_scale_by_adam(config)]
+    if config.kind == "adafactor":  # Shazeer and Stern 2018, without the scaling by a parameter's own size
+        chain = [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+    else:
+        chain = [_scale_by_adam(config)]
     if config.weight_decay:
         matrices = _like(trainable, lambda _, v: len(v.get_metadata("axes")) > 1)
         chain.append(optax.add_decayed_weights(config.weight_decay, mask=matrices))
@@ -191,20 +201,41 @@ def optimizer(config: OptimConfig, steps: int, trainable: Any) -> optax.Gradient
 def _scale_by_adam(config: OptimConfig) -> optax.GradientTransformation:
     """Adam's direction. Not optax's, whose `1 - beta ** count` in float32 is off by 6e-5 of itself at the start."""
 
+    dtype = jnp.dtype(config.moments)
+
     def init(params: Any) -> optax.ScaleByAdamState:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.zeros_like, params))
+        zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         count = state.count + 1
-        mu = jax.tree.map(lambda m, g: config.beta1 * m + (1 - config.beta1) * g, state.mu, updates)
-        nu = jax.tree.map(lambda v, g: config.beta2 * v + (1 - config.beta2) * jnp.square(g), state.nu, updates)
+        wide = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+        mu = jax.tree.map(lambda m, g: config.beta1 * m + (1 - config.beta1) * g, wide(state.mu), updates)
+        nu = jax.tree.map(lambda v, g: config.beta2 * v + (1 - config.beta2) * jnp.square(g), wide(state.nu), updates)
         first, second = (-jnp.expm1(count.astype(jnp.float32) * math.log(b)) for b in (config.beta1, config.beta2))
         direction = jax.tree.map(lambda m, v: m / first / (jnp.sqrt(v / second) + config.eps), mu, nu)
+        if dtype != jnp.float32:
+            mu, nu = (_round_at_random(tree, count, i) for i, tree in enumerate((mu, nu)))
         return direction, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
+
+
+def _round_at_random(tree: Any, count: jax.Array, salt: int) -> Any:
+    """float32 to bfloat16, up or down with the chances that keep the mean: nearest would lose every small change.
+
+    The noise depends on the step alone, so a resumed run repeats it.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    key = jax.random.fold_in(jax.random.key(salt), count)
+
+    def one(i: int, x: jax.Array) -> jax.Array:
+        noise = jax.random.bits(jax.random.fold_in(key, i), x.shape, jnp.uint16).astype(jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
+        return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+
+    return jax.tree.unflatten(treedef, [one(i, x) for i, x in enumerate(leaves)])
 
 
 def _scale_by_rates(rates: Any, share: optax.Schedule) -> optax.GradientTransformation:

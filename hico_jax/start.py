@@ -63,11 +63,11 @@ def init_state(experiment: Experiment, mesh: Mesh, saved: checkpoint.Checkpointe
         found = saved.restore(params_dict(*weights), checkpoint.to_dict(moments))
         trainable, frozen = (checkpoint.from_dict(found.params, half) for half in weights)
         state = _state(found.meta["step"], trainable, frozen, checkpoint.from_dict(found.optimizer, moments), mesh)
-        return start(state, f"resumed at step {found.meta['step']}", found.meta)
+        return start(state, f"resumed at step {found.meta['step']}{_passed(found)}", found.meta)
     if experiment.init.parent:  # 2
         found = checkpoint.load_params(experiment.init.parent, params_dict(*weights))
         trainable, frozen = (checkpoint.from_dict(found.params, half) for half in weights)
-        origin = f"parameters of {experiment.init.parent}, step {found.meta['step']}"
+        origin = f"parameters of {experiment.init.parent}, step {found.meta['step']}{_passed(found)}"
         if found.meta["step"] < found.meta["config"]["train"]["steps"]:
             origin += f" (WARNING: that run has not finished its {found.meta['config']['train']['steps']} steps)"
     else:
@@ -80,6 +80,10 @@ def init_state(experiment: Experiment, mesh: Mesh, saved: checkpoint.Checkpointe
             origin = f"{len(names)} arrays of {', '.join(experiment.init.weights)}; others random"
     moments = jax.jit(tx.init, out_shardings=_shardings(jax.eval_shape(tx.init, trainable), mesh))(trainable)
     return start(_state(0, trainable, frozen, moments, mesh), origin)
+
+
+def _passed(found: checkpoint.Restored) -> str:
+    return "".join(f" (WARNING: skipped {reason})" for reason in found.skipped)
 
 
 def _random(experiment: Experiment, weights: Any) -> Any:
@@ -110,7 +114,10 @@ def _shardings(tree: Any, mesh: Mesh) -> Any:
     def one(x: Any) -> NamedSharding:
         if not isinstance(x, nnx.Variable):
             return _whole(mesh, x.ndim)
-        return NamedSharding(mesh, sharding.spec(x.get_value().shape, x.get_metadata("axes"), sizes))
+        shape, axes = x.get_value().shape, x.get_metadata("axes")
+        if len(shape) < len(axes):  # a factored moment
+            return _whole(mesh, len(shape))
+        return NamedSharding(mesh, sharding.spec(shape, axes, sizes))
 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

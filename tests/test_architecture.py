@@ -60,8 +60,12 @@ RULES: dict[str, tuple[str, ...]] = {
     "hico_jax.convert.command": ("hico_jax", "data_pipeline"),
     "hico_jax.generate": (*_CONTRACT, "hico_jax.models", "hico_jax.parallel"),
     "hico_jax.start": (*_TRAINING, "hico_jax.convert.load"),
+    "hico_jax.preempt": (),
+    "hico_jax.samples": ("hico_jax.batch", "hico_jax.generate"),
+    "hico_jax.step": _TRAINING,
     "hico_jax.train": (
-        *_TRAINING, "hico_jax.convert.load", "hico_jax.models.hico", "hico_jax.generate", "data_pipeline.loader",
+        *_TRAINING, "hico_jax.convert.load", "hico_jax.models.hico", "hico_jax.preempt", "hico_jax.samples",
+        "hico_jax.step", "data_pipeline.loader",
     ),
     "hico_jax.film": (*_CONTRACT, "hico_jax.models.hico", "hico_jax.generate", "data_pipeline"),
     "hico_jax.evals": (
@@ -71,6 +75,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "hico_jax.report": (),
     "hico_jax.doctor": (),
     "hico_jax.catalog": ("hico_jax.registry", "hico_jax.models.layers"),
+    "hico_jax.data": ("hico_jax.registry", "data_pipeline"),
     "hico_jax.world": ("hico_jax.report.progress", "data_pipeline.world"),
     "hico_jax.ask": ("hico_jax", "data_pipeline"),
     "hico_jax.api": ("hico_jax", "data_pipeline"),
@@ -108,6 +113,11 @@ TESTED_ELSEWHERE = {
     "hico_jax/cli.py": "tests/test_cli.py",
     "hico_jax/__main__.py": "tests/test_cli.py",
     "hico_jax/shapes.py": "tests/test_architecture.py",
+    "hico_jax/preempt.py": "tests/hico_jax/test_train.py",
+    "hico_jax/samples.py": "tests/hico_jax/test_train.py",
+    "hico_jax/step.py": "tests/hico_jax/test_train.py",
+    "hico_jax/data.py": "tests/data_pipeline/test_check.py",
+    "data_pipeline/prepare.py": "tests/data_pipeline/test_records.py",
     "hico_jax/report/style.py": "tests/hico_jax/report/test_page.py",
 }
 

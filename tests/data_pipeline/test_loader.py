@@ -272,3 +272,57 @@ def test_the_end_is_a_position_too(data, small):
     assert len(list(made)) == made.num_steps == 6
     assert next(made, None) is None
     assert list(make_loader(config(data), GEOMETRY, small, start=made.get_state())) == []
+
+
+def test_packed_rows_hold_whole_conversations(data, small, tmp_path):
+    kept = {"pack": 260, "index_file": str(tmp_path / "index.npz"), "max_bad_fraction": 1.0, "length_step": 16}
+    plain = {}
+    for made in make_loader(config(data, batch_size=1, group_by_modality_length=False), GEOMETRY, small):
+        b = made.batch
+        plain[made.info.ids[0]] = [a[0][b.segments[0] > 0] for a in (b.tokens, b.targets, b.weights, b.positions)]
+    loads = list(make_loader(config(data, **kept), GEOMETRY, small))
+    again = list(make_loader(config(data, **kept), GEOMETRY, small))  # from the kept lengths
+    hosts = [make_loader(config(data, **kept), GEOMETRY, small, process_index=i, process_count=2) for i in range(2)]
+    assert sum(m.info.waste for m in loads) / len(loads) < 0.4
+    for one, two, left, right in zip(loads, again, *hosts, strict=True):
+        assert same(one.batch, two.batch)
+        assert (np.sort(left.batch.tokens, 0) == np.sort(one.batch.tokens[0::2], 0)).all()
+        assert left.batch.tokens.shape == right.batch.tokens.shape
+        segments = [(r, s) for r in range(4) for s in range(1, one.batch.segments[r].max() + 1)]
+        for name, (r, s) in zip(one.info.ids, segments, strict=True):
+            mine, b = one.batch.segments[r] == s, one.batch
+            for whole, packed in zip(plain[name], (b.tokens, b.targets, b.weights, b.positions), strict=True):
+                assert (packed[r][mine] == whole).all()
+    assert max(int(m.batch.segments.max()) for m in loads) > 2
+
+
+def test_a_long_row_may_show_fewer_frames_instead(data, small):
+    def texts(**changed):
+        return {
+            i: m.batch
+            for m in make_loader(
+                config(data, annotations=str(data / "films.json"), batch_size=1, min_frames=16, **changed),
+                GEOMETRY, small,
+            )
+            for i in m.info.ids
+        }  # fmt: skip
+
+    whole = texts()
+    limit = 8 + max(int(((b.segments > 0) & (b.slots < 0)).sum()) for b in whole.values())
+    cut = texts(max_length=limit, truncate="frames")
+    assert {i for i, b in whole.items() if b.segments.sum() > limit}
+    for name, batch in cut.items():
+        assert batch.segments.sum() <= limit
+        assert batch.weights.sum() > 2, name
+        learnt = [b.targets[0][(b.weights[0] > 0) & (b.slots[0] < 0)].tolist() for b in (batch, whole[name])]
+        assert learnt[0][-4:] == learnt[1][-4:]
+
+
+def test_a_weight_of_zero_leaves_a_dataset_out(data, small):
+    entries = [
+        {"json_path": "films.json", "data_root": ".", "weight": 0},
+        {"json_path": "texts.json", "data_root": ".", "weight": 0.5},
+    ]
+    (data / "weights.yaml").write_text(yaml.safe_dump({"datasets": entries}))
+    made = list(make_loader(config(data, annotations=str(data / "weights.yaml"), num_epochs=2), GEOMETRY, small))
+    assert sorted(i for m in made for i in m.info.ids) == [f"t{i}" for i in range(8)]

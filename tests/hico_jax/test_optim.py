@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -121,3 +122,41 @@ def test_clipping_is_that_of_torch() -> None:
     same = optim.clip(grads, jnp.float32(5.0), 6.0)
     assert same["b"] == 4
     assert optim.clip(grads, jnp.float32(5.0), 0.0) is grads
+
+
+def _descend(**changed: Any) -> tuple[float, Any]:
+    """The distance left after 200 steps towards a matrix, and the optimizer's state."""
+    config = optim.OptimConfig(lr=3e-2, warmup_steps=0, schedule="constant", **changed)
+    goal = jax.random.normal(jax.random.key(0), (130, 140))
+    params = {"w": nnx.Param(jnp.zeros_like(goal), axes=("embed", "mlp"))}
+    tx = optim.optimizer(config, 200, params)
+
+    def step(carry: Any, _: Any) -> tuple[Any, None]:
+        params, state = carry
+        grads = jax.tree.map(lambda p: p - goal, params)
+        updates, state = tx.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, state), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=200))((params, tx.init(params)))
+    return float(jnp.abs(params["w"][...] - goal).mean()), state
+
+
+@pytest.mark.parametrize(("changed", "room"), [({}, 8.0), ({"moments": "bfloat16"}, 4.0), ({"kind": "adafactor"}, 0.2)])
+def test_every_kind_descends_in_the_memory_it_promises(changed: dict[str, str], room: float) -> None:
+    left, state = _descend(**changed)
+    assert left < 0.05
+    held = sum(a.nbytes for a in jax.tree.leaves(state))
+    assert held < room * 130 * 140 * 1.01
+
+
+def test_rounding_at_random_keeps_the_mean() -> None:
+    x = jnp.full(100_000, 1.0 + 2**-11, jnp.float32)  # a sixteenth of the way to the next bfloat16
+    rounded = optim._round_at_random([x], jnp.int32(1), 0)[0]
+    assert set(np.unique(rounded.astype(jnp.float32)).tolist()) == {1.0, 1.0 + 2**-7}
+    assert float(rounded.astype(jnp.float32).mean()) == pytest.approx(1.0 + 2**-11, abs=5e-5)
+
+
+@pytest.mark.parametrize("changed", [{"kind": "sgd"}, {"moments": "int8"}])
+def test_an_unknown_kind_is_refused(changed: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="must be one of"):
+        optim.OptimConfig(**changed)

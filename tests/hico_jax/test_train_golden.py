@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from data_pipeline.options import DataConfig
-from hico_jax import optim, start, train
+from hico_jax import optim, start, step
 from hico_jax.batch import Batch
 from hico_jax.config import Experiment, TrainConfig
 from hico_jax.convert import load
@@ -54,11 +54,11 @@ def test_six_steps_equal_the_reference(
     # A copy: a step gives its state's buffers away, and the loaded model serves every case.
     graphdef, trainable, frozen = optim.split(jax.tree.map(jnp.copy, loaded.model), optim_config.rates)
     tx = optim.optimizer(optim_config, asked["total_steps"], trainable)
-    step = jax.jit(functools.partial(train.train_step, graphdef=graphdef, tx=tx, settings=settings))
+    update = jax.jit(functools.partial(step.train_step, graphdef=graphdef, tx=tx, settings=settings))
     state = start.TrainState(jnp.int32(0), trainable, frozen, tx.init(trainable))
     got: dict[str, list[float]] = {"loss": [], "grad_norm": [], "lr": []}
     for i in range(asked["steps"]):
-        state, numbers = step(state, jax.tree.map(jnp.asarray, batches[i % 2]))
+        state, numbers = update(state, jax.tree.map(jnp.asarray, batches[i % 2]))
         for key in got:
             got[key].append(float(numbers[key]))
     # float32 against float32 in another order of sums; the reference's own distance to float64 is up to 3e-6

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+import tempfile
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline import prepare, records
+from data_pipeline.annotations import read_annotations
+from data_pipeline.loader import make_loader
+from data_pipeline.options import DataConfig
+from data_pipeline.tokenizer import train_bpe
+from hico_jax.batch import Geometry
+
+GEOMETRY = Geometry(image_px=8, frames_per_clip=4, tokens_per_clip=4, tokens_per_image=4, max_length=512)
+
+
+def talk(question):
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": "A ball."}]
+
+
+@pytest.fixture(scope="module")
+def both(film_kit, tmp_path_factory):
+    """Annotations of films (shared by two conversations, cut by seconds, missing), a folder of frames and text."""
+    folder = tmp_path_factory.mktemp("routes")
+    for i in range(3):
+        film_kit.write(folder / f"f{i}.mp4", 20 + 10 * i, options={"preset": "ultrafast"})
+    (folder / "frames").mkdir()
+    for i in range(8):
+        Image.new("RGB", (8, 8), (30 * i, 0, 0)).save(folder / "frames" / f"{i:03}.png")
+    items = [{"id": f"v{i}", "video": f"f{i % 3}.mp4", "conversations": talk("<image>\nWhat?")} for i in range(5)]
+    items[1] |= {"start": 0.2, "end": 0.9}
+    items += [
+        {"id": "gone", "video": "gone.mp4", "conversations": talk("<image>\nWhat?")},
+        {"id": "frames", "video": "frames", "video_read_type": "img", "conversations": talk("<image>\nWhat?")},
+        {"id": "text", "conversations": talk("Say.")},
+    ]
+    (folder / "a.json").write_text(json.dumps(items))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prepare.prepare(read_annotations(folder / "a.json"), folder / "made")
+    return folder
+
+
+def test_both_routes_end_in_the_same_examples(both):
+    tokenizer = train_bpe(["What is seen? The video lasts for seconds."] * 4, 320)
+    batches = []
+    for route in ("a.json", "made"):
+        config = DataConfig(
+            annotations=str(both / route), batch_size=2, min_frames=4, max_frames=8, max_bad_fraction=1.0,
+            group_by_modality_length=False, read_threads=2, prefetch_rows=4,
+        )  # fmt: skip
+        batches.append(list(make_loader(config, GEOMETRY, tokenizer)))
+    assert len(batches[0]) == 4
+    for a, b in zip(*batches, strict=True):
+        assert a.info.ids == b.info.ids
+        assert len(a.info.bad) == len(b.info.bad)
+        for name in ("tokens", "slots", "targets", "weights", "clips"):
+            assert np.array_equal(getattr(a.batch, name), getattr(b.batch, name)), name
+    assert "tensorflow" not in sys.modules
+
+
+def test_every_file_is_held_once(both):
+    folder = records.find(both / "made")
+    samples = records.read_samples(folder)
+    assert [s.id for s in samples] == [s.id for s in read_annotations(both / "a.json")]
+    assert samples[0].paths == samples[3].paths
+    assert records.find(both) is None
+
+
+def test_media_may_be_sent_to_a_worker_and_are_bounded(both, tmp_path, monkeypatch):
+    folder = records.find(both / "made")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    media = pickle.loads(pickle.dumps(records.Media(folder, limit_mb=0)))
+    first, second, third = (media.local(s).paths[0] for s in records.read_samples(folder)[:3])
+    assert [os.path.exists(p) for p in (first, second, third)] == [False, False, True]
+    with pytest.raises(ValueError, match=r"gone\.mp4: was missing"):
+        media.local(records.read_samples(folder)[5])
+
+
+def test_a_folder_that_holds_something_is_left_alone(both):
+    with pytest.raises(ValueError, match="is not empty"):
+        prepare.prepare([], both)
