@@ -3,7 +3,7 @@
 PyTorch is no requirement of this package; run this with an environment of its own that has `torch`, `transformers`
 and `safetensors`, on what our own environment wrote:
 
-    python benchmarks/check_with_torch.py write FOLDER           # with hico_jax: small models, exported, and their numbers
+    python benchmarks/check_with_torch.py write FOLDER       # with hico_jax: small models, exported, and their numbers
     TORCH_PYTHON benchmarks/check_with_torch.py check FOLDER         # with torch: the same numbers again
 
 `tests/hico_jax/test_torch_check.py` (marked slow) does both when HICO_TORCH_PYTHON names such a Python.
