@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def load(folder: Any, dtype: str | None = None, **options: Any) -> Any:
+def load(folder: Any, dtype: Any = None, **options: Any) -> Any:
     """Read a model from a folder of released, exported or trained weights: an `api.Model` (see `api.load`)."""
     from hico_jax import api
 

@@ -49,7 +49,7 @@ PAD = 64  # rows are padded to multiples of this, so that rows of about one leng
 
 def load(
     folder: str | os.PathLike[str],
-    dtype: str | None = None,
+    dtype: Any = None,
     *,
     mesh: Mesh | None = None,
     tokens_per_frame: int | None = None,
@@ -57,13 +57,17 @@ def load(
     """Read a model.
 
     Args:
-      dtype: "float32" or "bfloat16", of parameters and activations; None keeps what the folder says.
+      dtype: "float32" or "bfloat16" (or the JAX type), of parameters and activations; None keeps what the folder says.
       mesh: where to put the parameters; None is the default device.
       tokens_per_frame: 16 or 64 for an InternVL HiCo model whose folder does not say R16 or R64.
 
     Raises:
       ValueError: the folder holds no model, a damaged one, or one that is not supported.
     """
+    try:
+        dtype = None if dtype is None else jnp.dtype(dtype).name
+    except TypeError:
+        dtype = str(dtype)
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}; it must be 'float32', 'bfloat16' or None")
     folder = pathlib.Path(folder)
