@@ -36,9 +36,9 @@ def line(name: str, film: str, frames: int, way: str) -> dict[str, Any]:
     from data_pipeline.world.texts import corpus
     from hico_jax import ask, registry
     from hico_jax.batch import DropSchedule
-    from hico_jax.cli import parse_drop
     from hico_jax.evals import card
     from hico_jax.evals.compress import bench, latency, methods
+    from hico_jax.options import parse_drop
 
     config = dataclasses.replace(registry.model_config(name), max_length=methods.ROOM)
 

@@ -17,6 +17,19 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from hico_jax import __version__
+from hico_jax.options import (
+    bench_options,
+    check_eval,
+    compress_options,
+    count,
+    eval_options,
+    fraction,
+    niah_options,
+    not_negative,
+    parse_drop,
+    positive,
+    seconds,
+)
 
 OK, BROKEN, MISUSED, AGAIN, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 75, 130, 141
 
@@ -131,7 +144,7 @@ def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", default="runs/demo", help="where everything is written (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="fewer videos and steps: about two minutes, a lower score")
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on from what DIR holds")
-    parser.add_argument("--seed", type=_count, default=0, help="of the videos and of the weights (%(default)s)")
+    parser.add_argument("--seed", type=count, default=0, help="of the videos and of the weights (%(default)s)")
 
 
 def _ask(parser: argparse.ArgumentParser) -> None:
@@ -146,10 +159,10 @@ def _ask(parser: argparse.ArgumentParser) -> None:
 
     seen = parser.add_argument_group("what the model sees")
     seen.add_argument(
-        "--max-frames", metavar="N", type=_positive, help="at most this many frames (the model's own limit)"
+        "--max-frames", metavar="N", type=positive, help="at most this many frames (the model's own limit)"
     )
-    seen.add_argument("--start", metavar="S", type=_seconds, help="seconds into the video to begin at")
-    seen.add_argument("--end", metavar="S", type=_seconds, help="seconds into the video to stop at")
+    seen.add_argument("--start", metavar="S", type=seconds, help="seconds into the video to begin at")
+    seen.add_argument("--end", metavar="S", type=seconds, help="seconds into the video to stop at")
     seen.add_argument("--reader", metavar="KIND", help="how VIDEO is read; chosen from what it is")
     seen.add_argument(
         "--drop", metavar="KIND:LAYERS:RATIOS", type=parse_drop,
@@ -157,12 +170,12 @@ def _ask(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
     said = parser.add_argument_group("how it answers")
-    said.add_argument("--max-new-tokens", metavar="N", type=_positive, default=512, help="(%(default)s)")
-    said.add_argument("--temperature", metavar="T", type=_not_negative, default=0.0, help="0 is greedy (%(default)s)")
-    said.add_argument("--top-p", metavar="P", type=_fraction, default=1.0, help="(%(default)s)")
-    said.add_argument("--top-k", metavar="K", type=_count, default=0, help="0 keeps all (%(default)s)")
-    said.add_argument("--repetition-penalty", metavar="R", type=_not_negative, default=1.0, help="(%(default)s)")
-    said.add_argument("--seed", type=_count, default=0, help="of the sampling (%(default)s)")
+    said.add_argument("--max-new-tokens", metavar="N", type=positive, default=512, help="(%(default)s)")
+    said.add_argument("--temperature", metavar="T", type=not_negative, default=0.0, help="0 is greedy (%(default)s)")
+    said.add_argument("--top-p", metavar="P", type=fraction, default=1.0, help="(%(default)s)")
+    said.add_argument("--top-k", metavar="K", type=count, default=0, help="0 keeps all (%(default)s)")
+    said.add_argument("--repetition-penalty", metavar="R", type=not_negative, default=1.0, help="(%(default)s)")
+    said.add_argument("--seed", type=count, default=0, help="of the sampling (%(default)s)")
 
 
 def _check_ask(args: argparse.Namespace) -> None:
@@ -173,128 +186,16 @@ def _check_ask(args: argparse.Namespace) -> None:
         raise ValueError(f"--end {args.end:g} is not after --start {args.start:g}")
 
 
-def _eval(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="mvbench, mlvu, lvbench, perceptiontest, longvideobench, "
-                        "videomme, videomme_w_subtitle or charades_sta")  # fmt: skip
-    parser.add_argument("--model", metavar="FOLDER", required=True, help="released, exported or trained weights")
-    parser.add_argument(
-        "--annotations", metavar="PATH", required=True, help="the official annotation file, or the folder it is in"
-    )
-    parser.add_argument("--videos", metavar="DIR", help="folder of the videos (that of the annotations)")
-    parser.add_argument("--subtitles", metavar="DIR", help="folder of the subtitles, where the benchmark reads them")
-    parser.add_argument("--out", metavar="DIR", help="where answers and reports go (runs/eval/NAME)")
-    parser.add_argument("--max-frames", metavar="N", type=_positive, help="(the reference's: 512, or 640 for LVBench)")
-    parser.add_argument("--limit", metavar="N", type=_positive, help="only the first N questions of each file")
-    parser.add_argument("--shard", metavar="I/N", type=parse_shard, default=(0, 1), help="this process's share, from 0")
-    parser.add_argument("--drop", metavar="KIND:LAYERS:RATIOS", type=parse_drop, help="as of `hico ask`")
-    parser.add_argument(
-        "--repetition-penalty", metavar="R", type=_not_negative, help="(the model's generation_config.json, as there)"
-    )
-    parser.add_argument("--fresh", action="store_true", help="ask everything anew")
-
-
-def _check_eval(args: argparse.Namespace) -> None:
-    if args.fresh and args.shard[1] > 1:
-        raise ValueError("--fresh would take away what other shares have answered; choose a new --out instead")
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """`I/N` as numbers.
-
-    Raises:
-      argparse.ArgumentTypeError: not two numbers with 0 <= I < N.
-    """
-    index, _, number = text.partition("/")
-    if not (index.isdigit() and number.isdigit() and int(index) < int(number)):
-        raise argparse.ArgumentTypeError(f"{text!r} does not read as I/N with I from 0 to N - 1, for example 0/8")
-    return int(index), int(number)
-
-
-def _niah(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="FOLDER", required=True, help="released, exported or trained weights")
-    parser.add_argument("--out", metavar="DIR", default="runs/niah", help="where everything is written (%(default)s)")
-    parser.add_argument("--fresh", action="store_true", help="start over instead of going on from what DIR holds")
-    hidden = parser.add_argument_group("what is hidden, and where (the made-up world, so that no download is needed)")
-    hidden.add_argument("--haystack", metavar="VIDEO", help="the film; one frame a second is taken")
-    hidden.add_argument("--repeat", action="store_true", help="show a film that is too short again and again")
-    hidden.add_argument("--needles", metavar="FILE.json", help="pictures and questions in the paper's format")
-    hidden.add_argument("--images", metavar="DIR", help="where its pictures are (beside the file)")
-    hidden.add_argument(
-        "--hops", metavar="N", type=_positive, default=1, help="2 or more: chains of hints (%(default)s)"
-    )
-    hidden.add_argument("--count", metavar="N", type=_positive, default=20, help="how many needles (%(default)s)")
-    hidden.add_argument("--letters", action="store_true", help="ask the made-up world's questions with four options")
-    hidden.add_argument("--seed", type=_count, default=0, help="of the made-up world (%(default)s)")
-    tried = parser.add_argument_group("what is tried")
-    tried.add_argument(
-        "--frames", metavar="N,N", type=_list(_positive), default=(64, 256, 1024), help="lengths (64,256,1024)"
-    )
-    tried.add_argument(
-        "--depths", metavar="D,D", type=_list(_share), default=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), help="from 0 to 1"
-    )
-    tried.add_argument("--insertion", choices=("both", "feature", "pixel"), default="both", help="(%(default)s)")
-    tried.add_argument(
-        "--prompt", choices=("paper", "chat"), help="without the time message, or as `hico ask` (paper for --needles)"
-    )
-
-
-def _compress(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="FOLDER", required=True, help="released, exported or trained weights")
-    parser.add_argument("--out", metavar="DIR", default="runs/compress", help="(%(default)s)")
-    parser.add_argument("--methods", metavar="NAME,NAME", default="all", help="(%(default)s)")
-    parser.add_argument("--tokens-per-frame", metavar="N", type=_positive, help="of every method (the model's own)")
-    parser.add_argument("--max-frames", metavar="N", type=_positive, help="at most this many frames of a video")
-    parser.add_argument("--seed", type=_count, default=0, help="of the made-up world (%(default)s)")
-    parser.add_argument("--fresh", action="store_true", help="start over instead of going on from what DIR holds")
-    asked = parser.add_argument_group("what is asked (the made-up world, by kind of task)")
-    asked.add_argument("--films", metavar="N", type=_positive, default=8, help="of each kind (%(default)s)")
-    asked.add_argument("--seconds", metavar="S", type=_positive, default=64, help="of the long ones (%(default)s)")
-    asked.add_argument("--benchmark", metavar="NAME", help="or a benchmark of `hico eval`")
-    asked.add_argument("--annotations", metavar="PATH", help="of the benchmark")
-    asked.add_argument("--videos", metavar="DIR", help="of the benchmark")
-    asked.add_argument("--subtitles", metavar="DIR", help="of the benchmark")
-    asked.add_argument("--limit", metavar="N", type=_positive, help="only the first N questions of each file")
-
-
-def _bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="FOLDER", required=True, help="released, exported or trained weights")
-    parser.add_argument("--out", metavar="DIR", default="runs/bench", help="(%(default)s)")
-    parser.add_argument(
-        "--frames", metavar="N,N", type=_list(_positive), default=(64, 256, 1000, 4000, 10000),
-        help="lengths (64,256,1000,4000,10000)",
-    )  # fmt: skip
-    parser.add_argument("--film", metavar="VIDEO", help="its first frames are used (a film is made)")
-    parser.add_argument(
-        "--drop", dest="drop_text", metavar="KIND:LAYERS:RATIOS", type=_drop_text, help="the video level's schedule"
-    )
-    parser.add_argument(
-        "--max-tokens", metavar="N", type=_positive, default=200_000, help="longer rows are left out (%(default)s)"
-    )
-    parser.add_argument(
-        "--timeout", metavar="S", type=_seconds, default=0.0, help="of one line; 0 is none (%(default)s)"
-    )
-    parser.add_argument("--fresh", action="store_true", help="start over instead of going on from what DIR holds")
-
-
-def _drop_text(text: str) -> str:
-    parse_drop(text)
-    return text
-
-
-def _list(one: Callable[[str], float]) -> Callable[[str], tuple[float, ...]]:
-    return lambda text: tuple(one(part) for part in text.split(","))
-
-
 def _world(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", default="world", help="folder of the videos and annotations (%(default)s)"
     )
     parser.add_argument("--preset", metavar="NAME", default="nano", help="how many videos, and which (%(default)s)")
-    parser.add_argument("--seed", type=_count, default=0, help="same seed, same files (%(default)s)")
+    parser.add_argument("--seed", type=count, default=0, help="same seed, same files (%(default)s)")
     film = parser.add_argument_group("or one long film with something to find in it")
     film.add_argument("--film", metavar="FILE.mp4", help="write this one film instead")
-    film.add_argument("--seconds", metavar="S", type=_seconds, default=1024.0, help="its length (%(default)s)")
-    film.add_argument("--needle-at", metavar="S", type=_seconds, help="when the card shows (anywhere, by the seed)")
+    film.add_argument("--seconds", metavar="S", type=seconds, default=1024.0, help="its length (%(default)s)")
+    film.add_argument("--needle-at", metavar="S", type=seconds, help="when the card shows (anywhere, by the seed)")
 
 
 def _check_world(args: argparse.Namespace) -> None:
@@ -310,7 +211,7 @@ def _convert(parser: argparse.ArgumentParser) -> None:
         "--allow-pickle", action="store_true", help="read the tensors of .bin and .pt files (code in them never runs)"
     )
     parser.add_argument(
-        "--tokens-per-frame", metavar="N", type=_positive,
+        "--tokens-per-frame", metavar="N", type=positive,
         help="16 or 64: which InternVL HiCo model SRC is, if its name does not say R16 or R64",
     )  # fmt: skip
     _written(parser)
@@ -329,7 +230,7 @@ def _written(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the tensors (as they are)")
     parser.add_argument("--overwrite", action="store_true", help="replace what DST holds, once all is written")
     parser.add_argument(
-        "--max-shard-bytes", metavar="N", type=_positive, default=5_000_000_000, help="size of a file (%(default)s)"
+        "--max-shard-bytes", metavar="N", type=positive, default=5_000_000_000, help="size of a file (%(default)s)"
     )
 
 
@@ -341,8 +242,8 @@ def _data(parser: argparse.ArgumentParser) -> None:
     checked.add_argument("--model", metavar="NAME", default="umt_qwen2_7b", help="whose rows are counted (%(default)s)")
     checked.add_argument("--tokenizer", metavar="DIR", help="counts text exactly instead of guessing")
     checked.add_argument("--sample", default="dynamic_fps1", help="how frames are chosen (%(default)s)")
-    checked.add_argument("--min-frames", metavar="N", type=_count, default=64, help="(%(default)s)")
-    checked.add_argument("--max-frames", metavar="N", type=_count, default=512, help="(%(default)s)")
+    checked.add_argument("--min-frames", metavar="N", type=count, default=64, help="(%(default)s)")
+    checked.add_argument("--max-frames", metavar="N", type=count, default=512, help="(%(default)s)")
     checked.add_argument("--headers", action="store_true", help="decode nothing: faster, misses damage inside files")
     checked.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     prepared = parser.add_argument_group("prepare")
@@ -357,49 +258,6 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
 def _models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
-
-def parse_drop(text: str) -> tuple[str, tuple[int, ...], tuple[float, ...]]:
-    """The arguments of `batch.DropSchedule`, which checks what they mean.
-
-    Example:
-      >>> parse_drop("uniform0_attention:4,18:1,0.5,0.25")
-      ('uniform0_attention', (4, 18), (1.0, 0.5, 0.25))
-      >>> parse_drop("none")
-      ('none', (), (1.0,))
-
-    Raises:
-      argparse.ArgumentTypeError: not three parts, or something that is no number.
-    """
-    if text == "none":
-        return "none", (), (1.0,)
-    try:
-        kind, layers, ratios = text.split(":")
-        return kind, tuple(int(n) for n in layers.split(",")), tuple(float(r) for r in ratios.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} does not read as KIND:LAYERS:RATIOS, for example uniform0_attention:4,18:1,0.5,0.25"
-        ) from None
-
-
-def _number(kind: type, fits: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not fits(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-        return value
-
-    return parse
-
-
-_count = _number(int, lambda n: n >= 0, "a whole number, 0 or more")
-_positive = _number(int, lambda n: n >= 1, "a whole number, 1 or more")
-_seconds = _number(float, lambda s: 0 <= s < float("inf"), "a time in seconds, 0 or more")
-_not_negative = _number(float, lambda x: 0 <= x < float("inf"), "a number, 0 or more")
-_share = _number(float, lambda p: 0 <= p <= 1, "a number from 0 to 1")
-_fraction = _number(float, lambda p: 0 < p <= 1, "a number above 0 and at most 1")
 
 TRAIN_HELP = """The configuration is a file; a colon picks a structure, a dot tunes a value:
 
@@ -434,17 +292,17 @@ COMMANDS: dict[str, Command] = {
     "eval": Command(
         "hico_jax.evals.bench.command:main",
         "score a model on a benchmark, as the reference does and strictly",
-        _eval,
+        eval_options,
         "examples:\n  hico eval videomme --model weights/ --annotations videomme/ --videos videomme/data\n"
         "  for i in 0 1 2 3; do hico eval mvbench --model weights/ --annotations MVBench/json --videos MVBench/video "
         "--shard $i/4 & done",
         resume="The same command asks the questions that are left.",
-        check=_check_eval,
+        check=check_eval,
     ),
     "niah": Command(
         "hico_jax.evals.niah.command:main",
         "hide pictures in a long film and ask about them, at every depth and length",
-        _niah,
+        niah_options,
         "examples:\n  hico niah --model runs/demo/model\n"
         "  hico niah --model weights/ --haystack film.mkv --needles niah-coco-singlehop_20.json --images images/ "
         "--frames 1000,5000,10000\n  hico niah --model runs/demo/model --hops 5",
@@ -453,7 +311,7 @@ COMMANDS: dict[str, Command] = {
     "compress": Command(
         "hico_jax.evals.compress.command:main",
         "compare compressors on the same questions: accuracy, tokens, seconds, memory",
-        _compress,
+        compress_options,
         "examples:\n  hico compress --model runs/demo/model\n"
         "  hico compress --model weights/ --benchmark mvbench --annotations MVBench/json --videos MVBench/video",
         resume="The same command asks the questions that are left.",
@@ -461,7 +319,7 @@ COMMANDS: dict[str, Command] = {
     "bench": Command(
         "hico_jax.evals.compress.bench:main",
         "time whole inference by number of frames, with the compression on and off",
-        _bench,
+        bench_options,
         "example:\n  hico bench --model weights/ --frames 64,1000,10000",
         resume="The same command times what is left.",
     ),

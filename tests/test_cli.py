@@ -40,6 +40,15 @@ SURFACE = {
     },
     "bench": {"--model", "--out", "--frames", "--film", "--drop", "--max-tokens", "--timeout", "--fresh"},
     "world": {"--out", "--preset", "--seed", "--film", "--seconds", "--needle-at"},
+    "convert": {
+        "--allow-pickle", "--dtype", "--like", "--max-shard-bytes",
+        "--overwrite", "--tokens-per-frame", "DST", "SRC",
+    },
+    "export": {"--dtype", "--max-shard-bytes", "--overwrite", "--part", "DST", "SRC"},
+    "data": {
+        "--beam", "--data-root", "--headers", "--json", "--max-frames", "--min-frames",
+        "--model", "--out", "--sample", "--tokenizer", "FILE", "None",
+    },
     "doctor": {"--json"},
     "models": {"--json"},
 }  # fmt: skip
@@ -193,6 +202,7 @@ def test_every_command_says_how_to_go_on_after_ctrl_c(
 ) -> None:
     target(name, raises(KeyboardInterrupt()))
     rest = {
+        "convert": ["a", "b"], "export": ["a", "b"], "data": ["check", "f"],
         "ask": ["v", "hi"], "train": ["--config=c"], "eval": ["mvbench", "--model", "m", "--annotations", "a"],
         "niah": ["--model", "m"], "compress": ["--model", "m"], "bench": ["--model", "m"],
     }  # fmt: skip

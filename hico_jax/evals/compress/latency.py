@@ -25,10 +25,10 @@ from data_pipeline.frames import time_message
 from data_pipeline.tokenizer import load_tokenizer
 from hico_jax import ask, generate
 from hico_jax.batch import DropSchedule
-from hico_jax.cli import parse_drop
 from hico_jax.evals import card
 from hico_jax.evals.compress import methods
 from hico_jax.models.hico import HiCo, normalize
+from hico_jax.options import parse_drop
 from hico_jax.shapes import Array
 
 QUESTION = "What happens in the video?"

@@ -16,8 +16,8 @@ from typing import Any, TextIO
 from data_pipeline.tokenizer import load_tokenizer
 from hico_jax import ask, film
 from hico_jax.batch import DropSchedule
-from hico_jax.cli import parse_drop
 from hico_jax.evals.bench import command, runner, tasks
+from hico_jax.options import parse_drop
 
 
 def main(arguments: list[str]) -> int:
