@@ -147,7 +147,7 @@ def _shardings(tree: Any, mesh: Mesh) -> Any:
     """Of parameters and moments by their axes; of counters, whole."""
     sizes = dict(mesh.shape)
 
-    def one(x: Any) -> NamedSharding:
+    def one(x: Any) -> Any:
         if not isinstance(x, nnx.Variable):
             return _whole(mesh, x.ndim)
         axes = x.get_metadata("axes")
