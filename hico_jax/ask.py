@@ -18,7 +18,7 @@ from flax import nnx
 
 from data_pipeline.frames import Sampling
 from data_pipeline.tokenizer import load_tokenizer
-from hico_jax import checkpoint, config, film
+from hico_jax import checkpoint, config, film, lora
 from hico_jax.batch import DropSchedule
 from hico_jax.convert import load
 from hico_jax.generate import GenerationConfig
@@ -97,7 +97,7 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[HiCo, pathlib.Path]:
         return load.load(folder).model, folder
     experiment = config.from_json(path.read_text())
     graph, state = nnx.split(nnx.eval_shape(lambda: experiment.model.build(rngs=nnx.Rngs(params=0))))
-    found = checkpoint.load_params(str(folder), checkpoint.to_dict(state))
+    found = lora.load_merged(str(folder), checkpoint.to_dict(state))
     return nnx.merge(graph, checkpoint.from_dict(found.params, state)), pathlib.Path(experiment.data.tokenizer)
 
 

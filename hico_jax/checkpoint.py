@@ -260,23 +260,35 @@ def nest(arrays: Mapping[str, Any]) -> dict[str, Any]:
 def from_dict(nested: Mapping[str, Any], like: Any) -> Any:
     """The inverse of `to_dict`: arrays of `nested` put where `like` has them; `nested` may hold more."""
     arrays = flatten(nested)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(like, is_leaf=_is_variable)
-    return jax.tree.unflatten(
-        treedef, [v.replace(arrays[_name(path)]) if _is_variable(v) else arrays[_name(path)] for path, v in leaves]
-    )
+
+    def put(path: Any, leaf: Any) -> Any:
+        name = path_of(path)
+        if not _is_variable(leaf):
+            return arrays[name]
+        return leaf.replace(jax.tree_util.tree_map_with_path(lambda p, _: arrays[_join(name, p)], leaf.get_value()))
+
+    return jax.tree_util.tree_map_with_path(put, like, is_leaf=_is_variable)
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Arrays of a tree by slash path; variables are opened."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable)
-    return {_name(path): v.get_value() if _is_variable(v) else v for path, v in leaves}
+    """Arrays of a tree by slash path; variables are opened, also those that hold several arrays (quantized weights)."""
+    found: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable):
+        value = leaf.get_value() if _is_variable(leaf) else leaf
+        found |= {_join(path_of(path), inner): a for inner, a in jax.tree_util.tree_leaves_with_path(value)}
+    return found
+
+
+def _join(name: str, inner: Any) -> str:
+    return f"{name}/{path_of(inner)}" if inner else name
 
 
 def _is_variable(x: Any) -> bool:
     return isinstance(x, nnx.Variable)
 
 
-def _name(path: Any) -> str:
+def path_of(path: Any) -> str:
+    """A tree path as slashes."""
     return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 
 

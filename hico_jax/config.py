@@ -25,7 +25,7 @@ from ml_collections import ConfigDict, config_dict, config_flags
 from data_pipeline.options import DataConfig
 from hico_jax import registry
 from hico_jax.models.hico import HiCoConfig
-from hico_jax.optim import OptimConfig
+from hico_jax.optim import LoraConfig, OptimConfig
 from hico_jax.parallel.mesh import MeshConfig
 
 
@@ -60,12 +60,16 @@ class TrainConfig:
     log_every: int = 10  # steps between printed lines; metrics.jsonl has every step
     eval_every: int = 0  # steps between evaluations and sample predictions; 0 only at the end
     num_samples: int = 4  # fixed training examples whose predictions are shown; 0 none
+    dry_run: bool = False  # print shapes, parameters, bytes and operations, then stop
+    trace: tuple[int, ...] = ()  # (first, count): an XProf trace of so many steps, written to WORKDIR/trace
     distributed: bool = False  # one process per host, joined by jax.distributed; launch/ sets it
 
     def __post_init__(self) -> None:
         for name in ("steps", "loss_chunk", "log_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be positive, got {getattr(self, name)}")
+        if len(self.trace) not in (0, 2) or any(n < 1 for n in self.trace):
+            raise ValueError(f"train.trace is {self.trace}; give (first step, number of steps), such as (10, 3)")
         if self.eval_every < 0 or self.num_samples < 0:
             raise ValueError(
                 f"train.eval_every is {self.eval_every} and num_samples is {self.num_samples}; neither may be negative"
@@ -81,6 +85,7 @@ class Experiment:
     model: HiCoConfig
     data: DataConfig
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     init: InitConfig = dataclasses.field(default_factory=InitConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)

@@ -30,6 +30,8 @@ Table = tuple[tuple[str, Rate], ...]
 SCHEDULES = ("cosine", "constant")
 KINDS = ("adamw", "adafactor")
 MOMENTS = ("float32", "bfloat16")
+BASES = ("full", "int8")
+LLM = r"llm/blocks/(attn/w[qkvo]|mlp/(gate|up|down))"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,29 @@ class OptimConfig:
     def resolve(self, rate: Rate) -> float | None:
         """A row's rate as a number; None is frozen."""
         return self.lr if isinstance(rate, str) else rate
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which weights get adapters. Everything else is frozen.
+
+    Raises:
+      ValueError: a number out of range, or a base that is not known.
+    """
+
+    rank: int = 0  # 0: no adapters, the table of rates says what trains
+    alpha: float = 16.0  # the adapter counts alpha / rank times
+    targets: tuple[str, ...] = (LLM,)  # patterns of whole parameter paths
+    base: str = "full"  # one of BASES: how the frozen weights that have adapters are held
+
+    def __post_init__(self) -> None:
+        if self.rank < 0 or self.alpha <= 0 or not self.targets:
+            raise ValueError(
+                f"lora has rank={self.rank}, alpha={self.alpha}, targets={self.targets}; the rank must not be "
+                "negative, alpha positive, and targets name at least one pattern"
+            )
+        if self.base not in BASES:
+            raise ValueError(f"lora.base is {self.base!r}; it must be one of {', '.join(BASES)}")
 
 
 def _check_row(row: Any) -> None:

@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from hico_jax import checkpoint, optim
+from hico_jax import checkpoint, lora, optim
 from hico_jax.config import Experiment
 from hico_jax.convert import load
 from hico_jax.parallel import sharding
@@ -53,7 +53,7 @@ def init_state(experiment: Experiment, mesh: Mesh, saved: checkpoint.Checkpointe
       ValueError: weights that do not fit the model, every difference listed.
     """
     model = nnx.eval_shape(lambda: experiment.model.build(rngs=nnx.Rngs(params=0)))
-    parts = optim.split(model, experiment.optim.rates)
+    parts = _split(experiment, model)
     tx = optim.optimizer(experiment.optim, experiment.num_steps, parts.trainable)
     weights = _with_shardings((parts.trainable, parts.frozen), mesh)
     start = functools.partial(Start, parts.graphdef, tx)
@@ -65,8 +65,7 @@ def init_state(experiment: Experiment, mesh: Mesh, saved: checkpoint.Checkpointe
         state = _state(found.meta["step"], trainable, frozen, checkpoint.from_dict(found.optimizer, moments), mesh)
         return start(state, f"resumed at step {found.meta['step']}{_passed(found)}", found.meta)
     if experiment.init.parent:  # 2
-        found = checkpoint.load_params(experiment.init.parent, params_dict(*weights))
-        trainable, frozen = (checkpoint.from_dict(found.params, half) for half in weights)
+        trainable, frozen, found = _from_parent(experiment, model, mesh, weights)
         origin = f"parameters of {experiment.init.parent}, step {found.meta['step']}{_passed(found)}"
         if found.meta["step"] < found.meta["config"]["train"]["steps"]:
             origin += f" (WARNING: that run has not finished its {found.meta['config']['train']['steps']} steps)"
@@ -74,22 +73,59 @@ def init_state(experiment: Experiment, mesh: Mesh, saved: checkpoint.Checkpointe
         trainable, frozen = _random(experiment, weights)  # 4
         origin = f"random weights, seed {experiment.train.seed}"
         if experiment.init.weights:  # 3
-            whole = nnx.merge(parts.graphdef, trainable, frozen)
+            whole = jax.jit(lambda: experiment.model.build(rngs=nnx.Rngs(params=experiment.train.seed)))()
+            whole = nnx.merge(parts.graphdef, trainable, frozen) if not experiment.lora.rank else whole
             whole, names = load.load_into(whole, experiment.init.weights, mesh=mesh)
-            trainable, frozen = optim.split(whole, experiment.optim.rates)[1:]
+            trainable, frozen = _split(experiment, whole)[1:]
             origin = f"{len(names)} arrays of {', '.join(experiment.init.weights)}; others random"
     moments = jax.jit(tx.init, out_shardings=_shardings(jax.eval_shape(tx.init, trainable), mesh))(trainable)
     return start(_state(0, trainable, frozen, moments, mesh), origin)
+
+
+def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
+    """The state as shapes with their places on the mesh."""
+    model = nnx.eval_shape(lambda: experiment.model.build(rngs=nnx.Rngs(params=0)))
+    _, trainable, frozen = _split(experiment, model)
+    tx = optim.optimizer(experiment.optim, experiment.train.steps or 1, trainable)
+    moments = jax.eval_shape(tx.init, trainable)
+    step = jax.ShapeDtypeStruct((), np.int32, sharding=_whole(mesh, 0))
+    return TrainState(step, *(_with_shardings(tree, mesh) for tree in (trainable, frozen, moments)))
 
 
 def _passed(found: checkpoint.Restored) -> str:
     return "".join(f" (WARNING: skipped {reason})" for reason in found.skipped)
 
 
+def _split(experiment: Experiment, model: nnx.Module) -> optim.Parts:
+    """The model by its table of rates; or all of it frozen, and adapters that train."""
+    if not experiment.lora.rank:
+        return optim.split(model, experiment.optim.rates)
+    graphdef, _, frozen = optim.split(model, ((r".*", None),))
+
+    def halves(frozen: Any) -> tuple[Any, Any]:
+        begun = lora.begin(frozen, experiment.lora, experiment.train.seed)
+        return begun, lora.quantize(frozen, experiment.lora)
+
+    shapes = any(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(frozen))
+    return optim.Parts(graphdef, *(jax.eval_shape(halves, frozen) if shapes else halves(frozen)))
+
+
+def _from_parent(experiment: Experiment, model: Any, mesh: Mesh, weights: Any) -> tuple[Any, Any, checkpoint.Restored]:
+    """Both halves with the parent's parameters."""
+    if not experiment.lora.rank:
+        found = lora.load_merged(str(experiment.init.parent), params_dict(*weights))
+        return *(checkpoint.from_dict(found.params, half) for half in weights), found
+    base = _with_shardings(nnx.state(model), mesh)
+    found = lora.load_merged(str(experiment.init.parent), checkpoint.to_dict(base))
+    graphdef, state = nnx.split(model)
+    whole = nnx.merge(graphdef, checkpoint.from_dict(found.params, state))
+    return *jax.jit(lambda m: tuple(_split(experiment, m)[1:]))(whole), found
+
+
 def _random(experiment: Experiment, weights: Any) -> Any:
     def build() -> tuple[Any, Any]:
         model = experiment.model.build(rngs=nnx.Rngs(params=experiment.train.seed))
-        return tuple(optim.split(model, experiment.optim.rates)[1:])
+        return tuple(_split(experiment, model)[1:])
 
     return jax.jit(build, out_shardings=jax.tree.map(lambda a: a.sharding, weights))()
 
@@ -111,13 +147,17 @@ def _shardings(tree: Any, mesh: Mesh) -> Any:
     """Of parameters and moments by their axes; of counters, whole."""
     sizes = dict(mesh.shape)
 
-    def one(x: Any) -> NamedSharding:
+    def one(x: Any) -> Any:
         if not isinstance(x, nnx.Variable):
             return _whole(mesh, x.ndim)
-        shape, axes = x.get_value().shape, x.get_metadata("axes")
-        if len(shape) < len(axes):  # a factored moment
-            return _whole(mesh, len(shape))
-        return NamedSharding(mesh, sharding.spec(shape, axes, sizes))
+        axes = x.get_metadata("axes")
+
+        def place(a: Any) -> NamedSharding:
+            if len(a.shape) < len(axes):  # a factored moment
+                return _whole(mesh, len(a.shape))
+            return NamedSharding(mesh, sharding.spec(a.shape, axes, sizes))
+
+        return x.replace(jax.tree.map(place, x.get_value()))
 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

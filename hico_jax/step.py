@@ -17,7 +17,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from hico_jax import checkpoint, losses, optim
+from hico_jax import checkpoint, lora, losses, optim
 from hico_jax.batch import Batch
 from hico_jax.config import Experiment
 from hico_jax.parallel import sharding
@@ -31,7 +31,7 @@ def train_step(
     optim_config = settings.optim
 
     def loss_of(trainable: Any, part: Batch) -> tuple[jax.Array, losses.Loss]:
-        model = nnx.merge(graphdef, trainable, state.frozen)
+        model = nnx.merge(graphdef, *lora.join(trainable, state.frozen, settings.lora))
         stream = model(part)
         weights = losses.balance(stream.weights, stream.segments, optim_config.loss_average)
         loss = losses.next_token(

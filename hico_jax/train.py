@@ -26,7 +26,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from data_pipeline.loader import make_loader
-from hico_jax import checkpoint, config, metrics
+from hico_jax import checkpoint, config, first_batch, lora, metrics, overview
 from hico_jax.batch import Batch
 from hico_jax.config import Experiment
 from hico_jax.parallel.mesh import make_mesh
@@ -37,7 +37,8 @@ from hico_jax.step import Stepper, step_cost
 
 CONFIG_FILE = "config.json"
 ENVIRONMENT_FILE = "env.json"
-FIRST_BATCH_FILE = "first_batch.png"
+FIRST_BATCH_FILE, FIRST_BATCH_PAGE = "first_batch.png", "first_batch.html"
+TRACE_FOLDER = "trace"
 
 
 class NonFiniteLossError(RuntimeError):
@@ -136,7 +137,8 @@ def _loop(
         batch, ids, about = source.next(step)
         waited = time.monotonic() - waited
         if step == first + 1:
-            metrics.contact_sheet(batch, epath.Path(experiment.workdir) / FIRST_BATCH_FILE, decode=decode)
+            _draw(batch, epath.Path(experiment.workdir), decode)
+        _trace(experiment, step)
         count = metrics.counts(batch, geometry)
         state, numbers = stepper(state, stepper.put(batch))
         run.log()  # of the step before, while this one runs
@@ -152,13 +154,33 @@ def _loop(
             run.save(state, step, source.position())
         if evaluate and (last or (experiment.train.eval_every and step % experiment.train.eval_every == 0)):
             run.log()
-            model = nnx.merge(start.graphdef, state.trainable, state.frozen)
+            model = nnx.merge(start.graphdef, *lora.join(state.trainable, state.frozen, experiment.lora))
             run.writer.write(step, {f"eval/{k}": float(v) for k, v in evaluate(model, step).items()})
         if stop:
             run.progress.say(f"stopped by SIGTERM after step {step}, saved; the same command goes on from here")
             break
     run.log()
+    _trace(experiment, None)
     return state
+
+
+def _trace(experiment: Experiment, step: int | None) -> None:
+    """Start or stop the profiler before a step; at the end (None) stop it if it runs."""
+    if not experiment.train.trace:
+        return
+    first, count = experiment.train.trace
+    if step == first:
+        jax.profiler.start_trace(str(epath.Path(experiment.workdir) / TRACE_FOLDER))
+    elif step == first + count or (step is None and first <= experiment.num_steps < first + count):
+        with contextlib.suppress(RuntimeError):  # it never began: the run went on from a later step
+            jax.profiler.stop_trace()
+
+
+def _draw(batch: Batch, workdir: epath.Path, decode: Callable[[Any], str] | None) -> None:
+    """What the model is about to see, as a picture and as a page."""
+    if jax.process_index() == 0:
+        metrics.contact_sheet(batch, workdir / FIRST_BATCH_FILE, decode=decode)
+        (workdir / FIRST_BATCH_PAGE).write_text(first_batch.page(batch, decode))
 
 
 def _begin(run: Run, start: Start) -> None:
@@ -169,6 +191,8 @@ def _begin(run: Run, start: Start) -> None:
     run.progress.say(f"{experiment.stage}: {experiment.model_name}, {sizes[0]:,} parameters train, {sizes[1]:,} frozen")
     run.progress.say(f"weights: {start.origin}")
     run.progress.say(f"devices: {len(devices)} x {devices[0].device_kind}; workdir: {experiment.workdir}")
+    for told in (*overview.table(start.state), *overview.memory(jax.local_devices())):
+        run.progress.say(told)
     resolved = json.loads(config.to_json(experiment))
     for line in config.differences(start.meta["config"], resolved) if start.meta else ():
         run.progress.say(f"WARNING: changed since the checkpoint: {line}")
@@ -223,7 +247,11 @@ def main(argv: Sequence[str]) -> int:
     A mistake in flags or configuration is one sentence on stderr.
     """
     try:
-        experiment = config.from_flags(argv)
+        dry = [a for a in argv if a in ("--dry_run", "--dry-run")]
+        experiment = config.from_flags([a for a in argv if a not in dry])
+        if dry or experiment.train.dry_run:
+            print("\n".join(overview.dry_run(experiment, make_mesh(experiment.mesh))))
+            return 0
         if not experiment.workdir:
             raise ValueError("no workdir is given; add --config.workdir=FOLDER")
     except ValueError as error:

@@ -25,7 +25,7 @@ _BRICKS = (
 )  # fmt: skip
 _TRAINING = (
     *_CONTRACT, "hico_jax.parallel", "hico_jax.config", "hico_jax.losses", "hico_jax.optim", "hico_jax.checkpoint",
-    "hico_jax.metrics", "hico_jax.start",
+    "hico_jax.metrics", "hico_jax.start", "hico_jax.lora",
 )  # fmt: skip
 
 # room -> what it may import of ours, besides itself. The longest name that fits a module is its room.
@@ -61,11 +61,16 @@ RULES: dict[str, tuple[str, ...]] = {
     "hico_jax.generate": (*_CONTRACT, "hico_jax.models", "hico_jax.parallel"),
     "hico_jax.start": (*_TRAINING, "hico_jax.convert.load"),
     "hico_jax.preempt": (),
+    "hico_jax.first_batch": ("hico_jax.batch",),
+    "hico_jax.overview": (*_TRAINING, "hico_jax.step"),
+    "hico_jax.lora": (
+        "hico_jax.checkpoint", "hico_jax.optim", "hico_jax.convert.rules", "hico_jax.convert.safetensors_io",
+    ),
     "hico_jax.samples": ("hico_jax.batch", "hico_jax.generate"),
     "hico_jax.step": _TRAINING,
     "hico_jax.train": (
         *_TRAINING, "hico_jax.convert.load", "hico_jax.models.hico", "hico_jax.preempt", "hico_jax.samples",
-        "hico_jax.step", "data_pipeline.loader",
+        "hico_jax.step", "hico_jax.first_batch", "hico_jax.overview", "data_pipeline.loader",
     ),
     "hico_jax.film": (*_CONTRACT, "hico_jax.models.hico", "hico_jax.generate", "data_pipeline"),
     "hico_jax.evals": (
