@@ -478,7 +478,7 @@ COMMANDS: dict[str, Command] = {
         resume="The same command times what is left.",
     ),
     "plan": Command(
-        "hico_jax.plan:main",
+        "hico_jax.plan.run:main",
         "forecast memory, time and chip-hours of a run on a slice, before it is rented",
         None,
         PLAN_HELP,

@@ -106,9 +106,9 @@ def backward(
 
     def row(q: Array, k: Array, v: Array, out: Array, lse: Array, d_out: Array, qs: Array, ks: Array) -> tuple:
         saved = (q, k, v, kernels.SegmentIds(qs, ks), None, out, lse, _arrays(kernel.d_q), _arrays(kernel.d_kv))
-        return kernels._splash_attention_bwd(  # pyright: ignore
-            False, kernels.DEFAULT_MASK_VALUE, False, kernel.sizes, None, kernel.function, None, interpret, saved, d_out
-        )[3:6]
+        backward: Any = kernels._splash_attention_bwd
+        options = (False, kernels.DEFAULT_MASK_VALUE, False, kernel.sizes, None, kernel.function, None, interpret)
+        return backward(*options, saved, d_out)[3:6]
 
     arrays = (_heads_first(a) for a in (k, v, out, lse, d_out))
     d_q, d_k, d_v = jax.vmap(row)(_scaled(q), *arrays, q_segments, k_segments)

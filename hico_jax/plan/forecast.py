@@ -58,6 +58,19 @@ class Forecast:
         return self.compute_s + self.exposed_s
 
 
+def shape_of(experiment: Any, own: Mapping[str, Any]) -> Shape:
+    """The batch: what flags say, else the configuration's longest row and its global batch; film fills what it may."""
+    geometry = experiment.model.geometry()
+    tokens = own.get("tokens") or experiment.data.max_length or geometry.max_length
+    rows = own.get("rows") or (1 if "tokens" in own else experiment.data.batch_size)
+    clips = own.get("clips")
+    if clips is None:
+        clips = max(0, tokens - min(4096, tokens // 8)) // geometry.tokens_per_clip
+        if "tokens" not in own and experiment.data.max_frames:
+            clips = min(clips, experiment.data.max_frames // geometry.frames_per_clip)
+    return Shape(rows, tokens, clips)
+
+
 def choose_mesh(shape: Shape, topology: Topology) -> MeshConfig:
     """A mesh for a batch: each row on as few devices as rows allow, weights split over all."""
     each = topology.count // topology.slices
@@ -79,8 +92,8 @@ def resolved(mesh: MeshConfig, topology: Topology) -> MeshConfig:
     if math.prod(sizes) * mesh.slices != topology.count:
         raise ValueError(
             f"the mesh data={sizes[0]} fsdp={sizes[1]} sequence={sizes[2]} tensor={sizes[3]} slices={mesh.slices} "
-            f"needs {math.prod(sizes) * mesh.slices} chips but {topology.name} has {topology.count}; change mesh.fsdp or "
-            "mesh.sequence, or set one of them to -1"
+            f"needs {math.prod(sizes) * mesh.slices} chips but {topology.name} has {topology.count}; change "
+            "mesh.fsdp or mesh.sequence, or set one of them to -1"
         )
     return MeshConfig(*sizes, slices=mesh.slices, context=mesh.context)
 

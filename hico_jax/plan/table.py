@@ -7,9 +7,8 @@ import importlib
 import math
 
 from hico_jax import config
-from hico_jax.plan import shape_of
 from hico_jax.plan.chips import Topology
-from hico_jax.plan.forecast import USABLE, choose_mesh, forecast
+from hico_jax.plan.forecast import USABLE, choose_mesh, forecast, shape_of
 
 STAGES = {
     "1 align": ("configs.stage1_align", ("umt_qwen2_7b", "umt_hd_qwen2_5_1_5b")),

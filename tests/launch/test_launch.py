@@ -61,7 +61,7 @@ def test_shellcheck_finds_nothing() -> None:
 @pytest.mark.parametrize(
     ("args", "shown"),
     [
-        (["tpu/create.sh", *WHERE, "--spot"], "--accelerator-type v5p-128 --runtime-version v2-alpha-tpuv5 --node-id run1 --spot"),
+        (["tpu/create.sh", *WHERE, "--spot"], "v5p-128 --runtime-version v2-alpha-tpuv5 --node-id run1 --spot"),
         (["tpu/create.sh", *WHERE, "--slices=2", "--reserved"], "--node-prefix run1 --node-count 2 --reserved"),
         (["tpu/setup.sh", *WHERE, "--source=gs://b/h.tar.gz"], "gsutil"),
         (["tpu/start.sh", *WHERE, "--", "--config=c.py"], "--xla_tpu_scoped_vmem_limit_kib=65472"),
