@@ -117,6 +117,7 @@ class Batch:
     clips: Any  # UInt8[B N T height width 3]; N may be 0
     images: Any  # UInt8[B I height width 3]; I may be 0
     drop: DropPlan | None = None
+    ring: int = flax.struct.field(pytree_node=False, default=1)  # devices the tokens are dealt to (parallel/zigzag.py)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -267,6 +267,18 @@ TRAIN_HELP = """The configuration is a file; a colon picks a structure, a dot tu
 Each file in configs/ says what to expect and how to run it. The same command again goes on from the last checkpoint.
 `hico train --helpfull` lists every flag of the libraries below."""
 
+PLAN_HELP = """Takes the flags of `hico train`, and:
+
+  --topology=CHIP:SHAPE     v5p:4x4x4, 2*v5e:8x8 (two slices), h100:8
+  --tokens=N --rows=N       another batch than the configuration's (--config.data.max_tokens is the same as --tokens)
+  --clips=N                 clips of a row; by default film fills the row
+  --prefill                 answering instead of training
+  --compile                 ask the real compiler too (TPU: pip install -e '.[tpu-compile]'; GPU: those present)
+  --json                    one JSON object
+  --table                   the table of docs/scale.md
+
+  hico plan --config=configs/stage3_sft.py:umt_qwen2_7b --topology=v5p:4x4x4 --tokens=1048576"""
+
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         "hico_jax.demo:main",
@@ -322,6 +334,12 @@ COMMANDS: dict[str, Command] = {
         bench_options,
         "example:\n  hico bench --model weights/ --frames 64,1000,10000",
         resume="The same command times what is left.",
+    ),
+    "plan": Command(
+        "hico_jax.plan.run:main",
+        "forecast memory, time and chip-hours of a run on a slice, before it is rented",
+        None,
+        PLAN_HELP,
     ),
     "world": Command(
         "hico_jax.world:main",

@@ -17,8 +17,9 @@ import numpy as np
 from hico_jax.batch import Batch, DropPlan, DropSchedule
 from hico_jax.models.compress import progressive
 from hico_jax.models.hico import HiCo
-from hico_jax.models.llm.cache import Cache, last_index
+from hico_jax.models.llm.cache import Cache, take_last
 from hico_jax.models.llm.decoder import Stream
+from hico_jax.parallel import sharding, zigzag
 from hico_jax.shapes import Array, Bool, Float, Int, ndarray
 
 NO_DROP = DropSchedule()
@@ -68,6 +69,7 @@ def generate(model: HiCo, prompt: Batch | tuple[Batch, Float[Array, "B S D"]], c
     again, so one video serves many questions.
     """
     batch, visual = prompt if isinstance(prompt, tuple) else (prompt, None)
+    batch = zigzag.deal(batch, sharding.ring())
     if visual is None:
         visual = _encode(model, batch.clips, batch.images)
     stream = spliced(model, batch, visual)
@@ -107,9 +109,7 @@ def prefill(
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Run the prompt: float32 logits after each row's last token, and the cache with `room` free places."""
     stream, cache = llm(stream, plan, schedule=schedule, cache_room=room)
-    last = last_index(stream.segments)[:, None]
-    x = progressive.take(stream.x, last, jnp.ones_like(last, bool))
-    return logits_of(llm, x)[:, 0], cache
+    return logits_of(llm, take_last(stream.x, stream.segments))[:, 0], cache
 
 
 def logits_of(llm: Any, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
@@ -188,7 +188,12 @@ def score(llm: Any, stream: Stream, num_targets: int) -> Score:
 
     `stream` is what a model returned for a batch that holds prompt and answer. Only the positions that predict the
     answer meet the unembedding.
+
+    Raises:
+      ValueError: rows are split over devices.
     """
+    if stream.ring > 1:
+        raise ValueError("scores of given answers need whole rows; set mesh.sequence to 1")
     index, valid = progressive.compact(stream.weights > 0, num_targets)
     x, targets = (progressive.take(a, index, valid) for a in (stream.x, stream.targets))
     logits = logits_of(llm, x)

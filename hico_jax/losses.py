@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hico_jax.parallel import sharding
 from hico_jax.shapes import Array, Float, Int
 
 AVERAGES = ("tokens", "micro_batch", "example")
@@ -39,8 +40,21 @@ def next_token(
     """Cross-entropy of `targets` (already shifted), `chunk` tokens of every row at a time.
 
     Products are accumulated and reduced in float32, as the reference casts its logits. A slice takes every
-    n-th token rather than neighbours, so a row that is split over devices stays split inside each slice.
+    n-th token rather than neighbours. Of a row that is split over devices, each takes slices of its own part against
+    the whole unembedding, and sums meet once at the end.
     """
+    if sharding.ring() > 1:
+        row = ("batch", "length")
+        over = sharding.split_over(targets.shape[0], "batch") + sharding.split_over(targets.shape[1], "length")
+
+        def part(*args: jax.Array) -> Loss:
+            return Loss(*jax.lax.psum(tuple(_next_token(*args, chunk=chunk)), over))
+
+        return sharding.local(part, hidden, unembed, targets, weights, axes=(row, (), row, row), out=())
+    return _next_token(hidden, unembed, targets, weights, chunk=chunk)
+
+
+def _next_token(hidden: Array, unembed: Array, targets: Array, weights: Array, *, chunk: int) -> Loss:
     rows, length = targets.shape
     num_chunks = max(1, math.ceil(length / chunk))
     pad = -length % num_chunks

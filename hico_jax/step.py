@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from hico_jax import checkpoint, lora, losses, optim
 from hico_jax.batch import Batch
 from hico_jax.config import Experiment
-from hico_jax.parallel import sharding
+from hico_jax.parallel import sharding, zigzag
 from hico_jax.start import Start, TrainState
 
 
@@ -89,6 +89,7 @@ class Stepper:
 
     def put(self, batch: Batch) -> Batch:
         """This process's rows as part of the global batch, on the devices."""
+        batch = zigzag.deal(batch, self._mesh.shape[sharding.SEQUENCE])
         places = sharding.batch_shardings(batch, self._mesh)
         return jax.tree.map(lambda a, p: jax.make_array_from_process_local_data(p, np.asarray(a)), batch, places)
 

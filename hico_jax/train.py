@@ -29,6 +29,7 @@ from data_pipeline.loader import make_loader
 from hico_jax import checkpoint, config, first_batch, lora, metrics, overview
 from hico_jax.batch import Batch
 from hico_jax.config import Experiment
+from hico_jax.parallel import context, hosts
 from hico_jax.parallel.mesh import make_mesh
 from hico_jax.preempt import AGAIN, Notice, exit_on_sigterm
 from hico_jax.samples import Evaluate, samples
@@ -110,7 +111,7 @@ def fit(
     mesh = make_mesh(experiment.mesh, devices)
     saved = checkpoint.Checkpointer(experiment.workdir, experiment.checkpoint)
     notice = Notice()
-    with jax.set_mesh(mesh), contextlib.closing(saved), notice.on_sigterm():
+    with jax.set_mesh(mesh), context.using(experiment.mesh.context), contextlib.closing(saved), notice.on_sigterm():
         start = init_state(experiment, mesh, saved)
         first = int(jax.device_get(start.state.step))
         run = Run(
@@ -258,7 +259,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"hico train: {error}", file=sys.stderr)
         return 2
     if experiment.train.distributed:
-        jax.distributed.initialize()
+        hosts.join()
         return _train(experiment)
     with exit_on_sigterm():
         return _train(experiment)

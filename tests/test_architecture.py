@@ -20,7 +20,7 @@ MAX_LINES = 450
 
 _CONTRACT = ("hico_jax.shapes", "hico_jax.batch")
 _BRICKS = (
-    *_CONTRACT, "hico_jax.kernels", "hico_jax.parallel.sharding", "hico_jax.convert.rules",
+    *_CONTRACT, "hico_jax.kernels", "hico_jax.parallel", "hico_jax.convert.rules",
     "hico_jax.models.layers", "hico_jax.models.attention",
 )  # fmt: skip
 _TRAINING = (
@@ -38,14 +38,14 @@ RULES: dict[str, tuple[str, ...]] = {
     "hico_jax.convert.safetensors_io": (),
     "hico_jax.models": (),
     "hico_jax.models.layers": ("hico_jax.shapes", "hico_jax.parallel.sharding"),
-    "hico_jax.models.attention": ("hico_jax.shapes", "hico_jax.kernels", "hico_jax.parallel.sharding"),
+    "hico_jax.models.attention": ("hico_jax.shapes", "hico_jax.kernels", "hico_jax.parallel"),
     "hico_jax.models.projector": _BRICKS,
     "hico_jax.models.vision": _BRICKS,
     "hico_jax.models.compress": _BRICKS,
-    "hico_jax.models.llm": (*_BRICKS, "hico_jax.models.compress.progressive"),
+    "hico_jax.models.llm": (*_BRICKS, "hico_jax.models.compress.progressive", "hico_jax.models.compress.sharded"),
     "hico_jax.models.hico": (*_BRICKS, "hico_jax.models.projector", "hico_jax.models.llm.decoder"),
     "hico_jax.registry": ("hico_jax.batch", "hico_jax.models"),
-    "hico_jax.losses": _CONTRACT,
+    "hico_jax.losses": (*_CONTRACT, "hico_jax.parallel"),
     "hico_jax.optim": (*_CONTRACT, "hico_jax.losses", "hico_jax.parallel"),
     "hico_jax.metrics": (*_CONTRACT, "hico_jax.parallel", "hico_jax.config"),
     "hico_jax.checkpoint": (*_CONTRACT, "hico_jax.parallel", "hico_jax.config"),
@@ -77,6 +77,7 @@ RULES: dict[str, tuple[str, ...]] = {
         *_CONTRACT, "hico_jax.film", "hico_jax.generate", "hico_jax.ask", "hico_jax.models", "hico_jax.registry",
         "hico_jax.report", "hico_jax.options", "data_pipeline",
     ),
+    "hico_jax.plan": ("hico_jax", "configs"),
     "hico_jax.report": (),
     "hico_jax.doctor": (),
     "hico_jax.catalog": ("hico_jax.registry", "hico_jax.models.layers"),

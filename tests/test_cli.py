@@ -39,6 +39,7 @@ SURFACE = {
         "--seconds", "--benchmark", "--annotations", "--videos", "--subtitles", "--limit",
     },
     "bench": {"--model", "--out", "--frames", "--film", "--drop", "--max-tokens", "--timeout", "--fresh"},
+    "plan": set(),
     "world": {"--out", "--preset", "--seed", "--film", "--seconds", "--needle-at"},
     "convert": {
         "--allow-pickle", "--dtype", "--like", "--max-shard-bytes",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -79,8 +79,10 @@ def forward(
     *,
     causal: bool,
     block: int = BLOCK,
+    dtype: Any = None,
 ) -> tuple[Float[Array, "B L H d"], Float[Array, "B L H"]]:
-    """The output and the log-sum-exp of each query's scores (very low where a query sees no key)."""
+    """The output (in `dtype`, None: that of q) and the log-sum-exp of each query's scores, very low if it sees none."""
+    dtype = dtype or q.dtype
     rows, length, heads, width = q.shape
     q_blocks, k_blocks, v_blocks, q_where, k_where = _blocks(
         q, k, v, q_positions, k_positions, q_segments, k_segments, block
@@ -106,7 +108,7 @@ def forward(
         total, top, acc = _loop(row_needed, step, start)
         seen = total > 0
         total = jnp.where(seen, total, 1.0)
-        return None, ((acc / total[..., None]).astype(q.dtype), jnp.where(seen, top + jnp.log(total), _LOW))
+        return None, ((acc / total[..., None]).astype(dtype), jnp.where(seen, top + jnp.log(total), _LOW))
 
     _, (out, lse) = jax.lax.scan(per_query_block, None, (q_blocks, q_where, needed))
     lse = _unblock_heads(lse[..., None], length)[..., 0]
@@ -127,8 +129,12 @@ def backward(
     *,
     causal: bool,
     block: int = BLOCK,
+    dtype: Any = None,
 ) -> tuple[Float[Array, "B L H d"], Float[Array, "B S K d"], Float[Array, "B S K d"]]:
-    """Gradients of q, k and v. `out` and `lse` may come from more keys than these (a ring passes part of them)."""
+    """Gradients of q, k and v, in `dtype` or their own.
+
+    `out` and `lse` may come from more keys than these: a ring over devices passes a part of them.
+    """
     rows, length, heads, width = q.shape
     keys = k.shape[1]
     q_blocks, k_blocks, v_blocks, q_where, k_where = _blocks(
@@ -159,14 +165,14 @@ def backward(
 
         zero = jnp.zeros(k_block.shape, jnp.float32)
         d_q, d_k, d_v = _loop(column_needed, step, (d_q, zero, zero))
-        return d_q, (d_k.astype(k.dtype), d_v.astype(v.dtype))
+        return d_q, (d_k.astype(dtype or k.dtype), d_v.astype(dtype or v.dtype))
 
     d_q, (d_k, d_v) = jax.lax.scan(
         per_key_block, jnp.zeros(q_across.shape, jnp.float32), (k_blocks, k_across, v_blocks, k_where, needed.T)
     )
     d_q = _unblock_heads(jnp.einsum("nBKdGL->nBKGLd", d_q), length).reshape(rows, length, heads, width)
     d_k, d_v = (_unblock_heads(a[:, :, :, None], keys)[..., 0, :] for a in (d_k, d_v))
-    return d_q.astype(q.dtype), d_k, d_v
+    return d_q.astype(dtype or q.dtype), d_k, d_v
 
 
 def _blocks(

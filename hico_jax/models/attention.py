@@ -11,7 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from hico_jax.kernels import blockwise
+from hico_jax.kernels import backends, blockwise, ring
+from hico_jax.parallel import context, sharding
 from hico_jax.shapes import Array, Bool, Float, Int
 
 
@@ -31,6 +32,10 @@ def attend(
     A padding query gives zeros. On a GPU in half precision cuDNN runs long rows wherever its masks can say what
     ours say: no mask, causal, and padding on the right. Everything else runs blockwise (short rows: one block).
     """
+    if causal and q_segments is not None and q_segments is k_segments and sharding.ring() > 1:
+        assert q_positions is not None
+        assert q_positions is k_positions
+        return _attend_over_devices(q, k, v, q_positions, q_segments)
     (rows, length), keys = q.shape[:2], k.shape[1]
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     fused = jax.default_backend() == "gpu" and half and length > blockwise.BLOCK and q.shape[-1] in range(8, 129, 8)
@@ -48,6 +53,36 @@ def attend(
         plain = _right_padded(where["q_positions"], q_segments)
         return jax.lax.cond(plain, functools.partial(_fused, segments=q_segments, causal=causal), blocks, q, k, v)
     return blocks(q, k, v)
+
+
+def _attend_over_devices(q: Array, k: Array, v: Array, positions: Array, segments: Array) -> Array:
+    """Causal attention over rows that are split over devices, dealt as `parallel/zigzag.py` deals.
+
+    Raises:
+      ValueError: the length does not make two equal chunks a device, or heads do not divide by the tensor axis.
+    """
+    count, tensor = sharding.ring(), sharding.sizes().get("tensor", 1)
+    length, heads, kv_heads = q.shape[1], q.shape[2], k.shape[2]
+    if length % (2 * count):
+        raise ValueError(
+            f"rows of {length} tokens cannot be split over mesh.sequence={count}; make their length a multiple of "
+            f"{2 * count} (data.length_step)"
+        )
+    if heads % tensor or kv_heads % tensor:
+        raise ValueError(
+            f"{heads} heads and {kv_heads} key/value heads cannot be split over mesh.tensor={tensor}; "
+            f"use a divisor of {math.gcd(heads, kv_heads)}"
+        )
+    gathered_bytes = (
+        2 * k.size * k.dtype.itemsize // (tensor * max(1, math.prod(sharding.sizes().values()) // tensor // count))
+    )
+    run = functools.partial(
+        ring.attention, axis=sharding.SEQUENCE, size=count, strategy=context.strategy(gathered_bytes),
+        backend=backends.pick(q.dtype, q.shape[3], length // count, sharding.platform()),
+    )  # fmt: skip
+    row = ("batch", "length")
+    axes = ((*row, "heads"), (*row, "kv_heads"), (*row, "kv_heads"), row, row)
+    return sharding.local(run, q, k, v, positions, segments, axes=axes, out=(*row, "heads"))
 
 
 def _default(given: Array | None, value: Array, shape: tuple[int, int]) -> Array:
@@ -78,10 +113,27 @@ def attend_one(
     visible: Bool[Array, "B S"],
 ) -> Float[Array, "B 1 H d"]:
     """One query per row over a cache whose keys lie head by head. Every row must see at least one key."""
+    if sharding.ring() > 1:
+        run = functools.partial(_attend_one, axis=sharding.SEQUENCE)
+        keys = ("batch", "kv_heads", "length")
+        row = ("batch", None, "heads")
+        return sharding.local(run, q, k, v, visible, axes=(row, keys, keys, ("batch", "length")), out=row)
+    return _attend_one(q, k, v, visible)
+
+
+def _attend_one(q: Array, k: Array, v: Array, visible: Array, axis: str | None = None) -> Array:
+    """With an axis, keys are split over its devices and their partial softmaxes are added up."""
     rows, _, heads, width = q.shape
     kv_heads = k.shape[1]
     grouped = q.reshape(rows, kv_heads, heads // kv_heads, width)
     scores = jnp.einsum("BKGd,BKSd->BKGS", grouped, k, preferred_element_type=jnp.float32) / math.sqrt(width)
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30), axis=-1)
-    out = jnp.einsum("BKGS,BKSd->BKGd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], scores, -1e30)
+    if axis is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+        out = jnp.einsum("BKGS,BKSd->BKGd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    else:
+        weights = jnp.exp(scores - jax.lax.pmax(scores.max(-1, keepdims=True), axis))
+        out = jnp.einsum("BKGS,BKSd->BKGd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        out, total = jax.lax.psum((out, weights.sum(-1)), axis)
+        out = out / total[..., None]
     return out.reshape(rows, 1, heads, width).astype(q.dtype)

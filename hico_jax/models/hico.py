@@ -17,6 +17,7 @@ from flax import nnx
 from hico_jax.batch import Batch, DropSchedule, Geometry
 from hico_jax.models.llm.decoder import Stream
 from hico_jax.models.projector import KINDS, Projector
+from hico_jax.parallel import sharding, spread
 from hico_jax.parallel.sharding import shard
 from hico_jax.shapes import Array, Float, Int, UInt8
 
@@ -133,10 +134,14 @@ class HiCo(nnx.Module):
         dtype = jnp.dtype(self.config.dtype)
         if num_clips == 0:
             return jnp.zeros((rows, 0, self.config.llm.embed_dim), dtype)
-        flat = shard(clips.reshape(-1, *clips.shape[2:]), "clips", None, None, None, None)
-        patches = self.vision(normalize(flat, dtype))  # (B N) P E
-        merged = self.compressor(patches, num_tokens, flat.shape[1])  # (B N) M E
-        projected = shard(self.projector(merged), "clips", None, None)  # (B N) M D
+
+        def some(parts: Any, clips: Array) -> Float[Array, "N M D"]:
+            vision, compressor, projector = parts
+            patches = vision(normalize(clips, dtype))  # N P E
+            return projector(compressor(patches, num_tokens, clips.shape[1]))  # N M D
+
+        flat = clips.reshape(-1, *clips.shape[2:])
+        projected = spread.each_clip(some, (self.vision, self.compressor, self.projector), flat)
         return projected.reshape(rows, num_clips * num_tokens, -1)
 
     def splice(self, batch: Batch, visual: Float[Array, "B S D"]) -> Stream:
@@ -151,6 +156,8 @@ def splice(
     """`visual[b, slots[b, l]]` where a slot is given, the text embedding elsewhere."""
     if visual.shape[1] == 0:
         return text
+    if sharding.ring() > 1:
+        return spread.fetch(visual, slots, text)
     placed = jnp.take_along_axis(visual, jnp.maximum(slots, 0)[..., None], axis=1)
     return shard(jnp.where(slots[..., None] >= 0, placed, text), "batch", "length", None)
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hico_jax.parallel.sharding import ring
 from hico_jax.shapes import Array, Float, Int
 
 Axes = Sequence[str | None]
@@ -47,6 +48,22 @@ def stack(make: Callable[[nnx.Rngs], T], num_layers: int, rngs: nnx.Rngs) -> T:
 def layer_slice(blocks: T, start: int, stop: int) -> T:
     """Layers `start` to `stop` of a stacked module."""
     return jax.tree.map(lambda p: p[start:stop], blocks)
+
+
+def in_slices(f: Callable[[Array], Array], x: Float[Array, "B L D"], most: int = 65_536) -> Float[Array, "B L D"]:
+    """`f`, which treats tokens one by one, for at most `most` tokens of a device's part of the row at a time.
+
+    The backward pass computes a slice again, so the wide middle of an MLP exists for one slice only. A slice takes
+    every n-th token: then each device slices its own part.
+    """
+    rows, length, dim = x.shape
+    shards = ring()
+    count = -(-length // (most * shards))
+    if count == 1 or length % (count * shards):
+        return f(x)
+    slices = jnp.moveaxis(x.reshape(rows, -1, count, dim), 2, 0)
+    out = jax.lax.map(jax.checkpoint(f), slices)
+    return jnp.moveaxis(out, 0, 2).reshape(x.shape)
 
 
 class Linear(nnx.Module):

@@ -6,25 +6,32 @@ Changing a parallelism edits `RULES`, never a model.
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+SEQUENCE = "sequence"  # the mesh axis over which one row is split
+ROW = ("sequence", "tensor")  # the mesh axes over which a row's clips are shared out
+
 RULES: dict[str, tuple[str, ...]] = {
     # activations
-    "batch": ("data", "fsdp"),
-    "length": ("sequence",),
-    "clips": ("data", "fsdp", "sequence", "tensor"),  # encoding and merging are local to a clip
-    # weights (and, where a mesh axis is still free, activations)
-    "embed": ("fsdp",),
+    "batch": ("slice", "data", "fsdp"),
+    "length": (SEQUENCE,),
+    "clips": ("slice", "data", "fsdp", *ROW),  # encoding and merging are local to a clip
+    "row_clips": ROW,  # what "clips" leaves of one row
+    # weights (and, where a mesh axis is still free, activations); gathered for use, layer by layer
+    "embed": ("fsdp", SEQUENCE),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
-    "vision_embed": ("fsdp",),
+    "vision_embed": ("fsdp", SEQUENCE),
 }
 
 
@@ -53,31 +60,126 @@ def spec(shape: tuple[int, ...], axes: tuple[str | None, ...], sizes: dict[str, 
     return PartitionSpec(*parts)
 
 
+def sizes() -> dict[str, int]:
+    """Sizes of the mesh axes that the compiler lays out; empty without a mesh, and inside `local`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {} if mesh.empty else {name: mesh.shape[name] for name in mesh.auto_axes}
+
+
+def ring() -> int:
+    """Over how many devices one row is split."""
+    return sizes().get(SEQUENCE, 1)
+
+
+def platform() -> str:
+    """Where the program will run: of the mesh in context, else JAX's default."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else getattr(mesh, "abstract_device", None)
+    return getattr(device, "platform", None) or jax.default_backend()
+
+
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     """Ask the compiler to lay `x` out by `axes`. Does nothing when no mesh is in context."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    found = sizes()
+    if math.prod(found.values()) == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, dict(mesh.shape)))
+    return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, found))
+
+
+def split_over(dim: int, axis: str) -> tuple[str, ...]:
+    """The mesh axes over which a dim of this size is split when it carries `axis`."""
+    (part,) = spec((dim,), (axis,), sizes())
+    return () if part is None else part if isinstance(part, tuple) else (part,)
+
+
+def local(
+    f: Callable[..., Any], *args: Any, axes: tuple[tuple[str | None, ...], ...], out: tuple[str | None, ...]
+) -> Any:
+    """`f` on every device's own part of the arguments; inside, mesh axes are there for collectives.
+
+    `axes[i]` names the first dims of every array in `args[i]`; what has no name is whole on every device. All results
+    carry `out`. An axis must be split the same way in all arguments.
+    """
+    parts: dict[str | None, tuple[str, ...]] = {None: ()}
+    for arg, names in zip(args, axes, strict=True):
+        for leaf in jax.tree.leaves(arg):
+            for dim, name in zip(leaf.shape, names, strict=False):
+                if name is not None:
+                    found = split_over(dim, name)
+                    assert parts.setdefault(name, found) == found, (name, dim, found, parts[name])
+
+    def of(names: tuple[str | None, ...]) -> PartitionSpec:
+        return PartitionSpec(*(parts[name] or None for name in names))
+
+    in_specs = tuple(
+        jax.tree.map(lambda leaf, names=names: of(names[: leaf.ndim]), arg)
+        for arg, names in zip(args, axes, strict=True)
+    )
+    return jax.shard_map(f, in_specs=in_specs, out_specs=of(out), check_vma=False)(*args)
+
+
+def gathered(module: Any, dtype: Any) -> Any:
+    """A module whose matrices are whole along all but the tensor axis, cast to `dtype` before they travel.
+
+    Said explicitly, so that the compiler never moves activations to weights; gradients go back to where weights live.
+    """
+    found = sizes()
+    if math.prod(found.values()) == 1:
+        return module
+    leaves, structure = jax.tree.flatten(module)
+    variables = jax.tree.leaves(module, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+    def one(leaf: jax.Array, variable: Any) -> jax.Array:
+        axes = variable.get_metadata("axes")
+        if len(axes) < 2:
+            return leaf
+        home = spec(leaf.shape, axes, found)
+        away = spec(leaf.shape, axes, {"tensor": found.get("tensor", 1)})
+        return _moved(home, away, leaf.astype(dtype)) if home != away else leaf
+
+    return jax.tree.unflatten(structure, [one(a, v) for a, v in zip(leaves, variables, strict=True)])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _moved(home: PartitionSpec, away: PartitionSpec, x: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, away)
+
+
+def _moved_fwd(home: PartitionSpec, away: PartitionSpec, x: jax.Array) -> tuple[jax.Array, None]:
+    return _moved(home, away, x), None
+
+
+def _moved_bwd(home: PartitionSpec, away: PartitionSpec, _: None, d_x: jax.Array) -> tuple[jax.Array]:
+    return (jax.lax.with_sharding_constraint(d_x, home),)
+
+
+_moved.defvjp(_moved_fwd, _moved_bwd)
+
+
+def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of an embedding. Of a split row, each device looks all tokens up in its columns, then columns go home."""
+    x = shard(table[shard(tokens, "batch", None)], "batch", None, "embed") if ring() > 1 else table[tokens]
+    return shard(x, "batch", "length", None)
 
 
 def shardings(variables: Any, mesh: Mesh) -> Any:
     """The sharding of every parameter of a model or state (concrete or abstract), by its own axes."""
-    sizes = dict(mesh.shape)
+    found = dict(mesh.shape)
 
     def one(variable: nnx.Variable) -> NamedSharding:
         value = variable.get_value()
-        return NamedSharding(mesh, spec(value.shape, variable.get_metadata("axes"), sizes))
+        return NamedSharding(mesh, spec(value.shape, variable.get_metadata("axes"), found))
 
     return jax.tree.map(one, variables, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:
-    """Rows over `batch`; token arrays also over `length`; pixels over `batch` only (clips spread inside the model)."""
-    sizes = dict(mesh.shape)
+    """Rows over `batch`; token arrays also over `length`; pixels also over the devices that share a row's clips."""
+    found = dict(mesh.shape)
 
     def one(leaf: Any) -> NamedSharding:
-        axes = ("batch", "length") if len(leaf.shape) == 2 else ("batch",) + (None,) * (len(leaf.shape) - 1)
-        return NamedSharding(mesh, spec(leaf.shape, axes, sizes))
+        pixels = ("batch", "row_clips" if len(leaf.shape) > 3 else None)
+        axes = ("batch", "length") if len(leaf.shape) == 2 else pixels + (None,) * (len(leaf.shape) - 2)
+        return NamedSharding(mesh, spec(leaf.shape, axes, found))
 
     return jax.tree.map(one, batch)

@@ -70,7 +70,7 @@ def edited(experiment: Experiment, path: str, value: Any) -> dict[str, Any]:
     [
         ("optim.learning_rate", 1.0, "unknown key optim.learning_rate; did you mean optim.lr?"),
         ("model.llm.num_layer", 1, "unknown key model.llm.num_layer; did you mean model.llm.num_layers?"),
-        ("mesh.xyz", 1, "unknown key mesh.xyz; valid keys are data, fsdp, sequence, tensor"),
+        ("mesh.xyz", 1, "unknown key mesh.xyz; valid keys are context, data, fsdp, sequence, slices, tensor"),
         ("optim.lr", "fast", "optim.lr is 'fast'; it must be float"),
         ("train.steps", 0, "train.steps must be positive, got 0"),
         ("train.steps", 1.5, r"train.steps is 1.5; it must be int \| None"),

@@ -3,6 +3,9 @@
 Layers after a drop hold fewer tokens, so every group has its own length, positions and segments. Rows of
 different lengths stay right-padded inside a group: the pads have segment 0 and nobody sees them. All rows write
 step `t` at the same place, `prefix + t`, but each row counts its own rotary position.
+
+Where rows are split over n devices, so is the cache: each keeps its part of the prompt and every n-th new token, step
+`t` on device `t mod n`. Nothing of it ever moves.
 """
 
 from __future__ import annotations
@@ -14,7 +17,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from hico_jax.models.compress import sharded
+from hico_jax.parallel import sharding
 from hico_jax.shapes import Array, Float, Int
+
+ROW = ("batch", "length")
+HEADS = ("batch", "kv_heads", "length")
 
 
 class Group(flax.struct.PyTreeNode):
@@ -35,9 +43,8 @@ class Group(flax.struct.PyTreeNode):
         room: int,
     ) -> Group:
         """After the prompt has run. The next token follows the last one of each row."""
-        last = last_index(segments)
-        position = jnp.take_along_axis(positions, last[:, None], axis=1)[:, 0] + 1
-        return cls(k=k, v=v, segments=jnp.pad(segments, ((0, 0), (0, room))), position=position)
+        position = take_last(positions, segments)[:, 0] + 1
+        return cls(k=k, v=v, segments=_pad(segments, room, ROW), position=position)
 
 
 class Cache(flax.struct.PyTreeNode):
@@ -51,7 +58,7 @@ class Cache(flax.struct.PyTreeNode):
     @classmethod
     def begin(cls, groups: Sequence[Group], segments: Int[Array, "B L"], room: int) -> Cache:
         """The cache right after the prompt; `segments` are those of the tokens alive at the end."""
-        segment = jnp.take_along_axis(segments, last_index(segments)[:, None], axis=1)[:, 0]
+        segment = take_last(segments, segments)[:, 0]
         return cls(groups=tuple(groups), segment=segment, step=jnp.zeros((), jnp.int32), room=room)
 
 
@@ -60,18 +67,62 @@ def last_index(segments: Int[Array, "B L"]) -> Int[Array, " B"]:
     return segments.shape[1] - 1 - jnp.argmax(segments[:, ::-1] != 0, axis=1).astype(jnp.int32)
 
 
+def take_last(x: Array, segments: Int[Array, "B L"]) -> Array:
+    """What each row's last real token holds: [B 1 ...]."""
+    if sharding.ring() > 1:
+        axis = sharded.Axis(sharding.SEQUENCE, sharding.ring())
+        find = lambda x, segments: sharded.last(x, segments, axis)
+        return sharding.local(find, x, segments, axes=(ROW, ROW), out=("batch",))
+    last = last_index(segments).reshape(-1, 1, *(1 for _ in x.shape[2:]))
+    return jnp.take_along_axis(x, last, axis=1)
+
+
+def _pad(x: Array, room: int, axes: tuple[str, ...]) -> Array:
+    """Free places at the end of the dim that carries `length`, on each device that holds a part of it."""
+    dim = axes.index("length")
+    each = -(-room // sharding.ring())
+
+    def one(x: Array) -> Array:
+        return jnp.pad(x, [(0, each if i == dim else 0) for i in range(x.ndim)])
+
+    return one(x) if sharding.ring() == 1 else sharding.local(one, x, axes=(axes,), out=axes)
+
+
 def with_room(key_value: tuple[Array, Array], room: int) -> tuple[Array, Array]:
     """Keys and values [B L K d] of one layer in the cache's layout [B K L+room d]."""
-
-    def one(a: Array) -> Array:
-        return jnp.pad(jnp.swapaxes(a, 1, 2), ((0, 0), (0, 0), (0, room), (0, 0)))
-
-    k, v = key_value
-    return one(k), one(v)
+    k, v = (jnp.swapaxes(a, 1, 2) for a in key_value)
+    return _pad(k, room, HEADS), _pad(v, room, HEADS)
 
 
-def write(stack: Float[Array, "N B K S d"], layer: Array, offset: Array, value: Float[Array, "B 1 K d"]) -> Array:
+def write(
+    stack: Float[Array, "N B K S d"], layer: Array, step: Array, room: int, value: Float[Array, "B 1 K d"]
+) -> Array:
     """Put one token's keys or values into its layer of the stack, in place where the compiler may."""
-    zero = jnp.zeros((), jnp.int32)
     update = jnp.swapaxes(value, 1, 2)[None].astype(stack.dtype)
-    return jax.lax.dynamic_update_slice(stack, update, (layer, zero, zero, offset, zero))
+    return _put(stack, update, layer, step, room, (None, *HEADS))
+
+
+def mark(segments: Int[Array, "B S"], segment: Int[Array, " B"], step: Array, room: int) -> Int[Array, "B S"]:
+    """The segments of a group once step `step` is written."""
+    return _put(segments, segment[:, None], None, step, room, ROW)
+
+
+def _put(x: Array, update: Array, layer: Array | None, step: Array, room: int, axes: tuple[str | None, ...]) -> Array:
+    """Write `update` at the place of step `step`, behind the prompt."""
+    count = sharding.ring()
+    dim, zero = axes.index("length"), jnp.zeros((), jnp.int32)
+
+    def one(x: Array, update: Array, layer: Array | None, step: Array) -> Array:
+        place = x.shape[dim] - -(-room // count) + step // count
+        start = [place if i == dim else zero for i in range(x.ndim)]
+        if layer is not None:
+            start[0] = layer
+        if count > 1:
+            mine = jax.lax.axis_index(sharding.SEQUENCE) == step % count
+            update = jnp.where(mine, update, jax.lax.dynamic_slice(x, start, update.shape))
+        return jax.lax.dynamic_update_slice(x, update, start)
+
+    if count == 1:
+        return one(x, update, layer, step)
+    whole = tuple(None if a == "length" else a for a in axes)
+    return sharding.local(one, x, update, layer, step, axes=(axes, whole, (), ()), out=axes)

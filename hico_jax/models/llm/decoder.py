@@ -20,10 +20,13 @@ import jax.numpy as jnp
 from hico_jax.batch import Batch, DropPlan, DropSchedule
 from hico_jax.kernels import blockwise
 from hico_jax.models import layers
-from hico_jax.models.compress import progressive
+from hico_jax.models.compress import progressive, sharded
 from hico_jax.models.llm import cache as kv_cache
+from hico_jax.parallel import sharding
 from hico_jax.parallel.sharding import shard
 from hico_jax.shapes import Array, Float, Int
+
+KEEPS = ("attention", "nothing", "offload")  # of a recomputed layer: attention's output, no more, or that on the host
 
 
 class Place(NamedTuple):
@@ -50,6 +53,7 @@ class Stream(flax.struct.PyTreeNode):
     weights: Any = None  # Float[B L]
     survives: Any = None  # Int8[B L]
     labelled: Any = None  # Bool[B L]
+    ring: int = flax.struct.field(pytree_node=False, default=1)  # devices the tokens are dealt to
 
     @classmethod
     def begin(cls, x: Float[Array, "B L D"], batch: Batch) -> Stream:
@@ -64,6 +68,7 @@ class Stream(flax.struct.PyTreeNode):
             weights=batch.weights,
             survives=None if plan is None else plan.survives,
             labelled=None if plan is None else plan.labelled,
+            ring=batch.ring,
         )
 
 
@@ -81,14 +86,21 @@ def run(
     *,
     schedule: DropSchedule,
     angles: Callable[[Array], tuple[Array, Array]],
-    remat: bool = False,
+    remat: str = "",
     cache_room: int = 0,
 ) -> tuple[Stream, kv_cache.Cache | None, tuple[Stage, ...]]:
     """All layers of `blocks` (stacked), dropping visual tokens after the layers `schedule` names.
 
+    `remat` is empty (keep all activations) or one of `KEEPS`.
+
     Raises:
-      ValueError: the schedule drops but the batch has no plan.
+      ValueError: the schedule drops but the batch has no plan, or rows are not dealt as the mesh splits them.
     """
+    if stream.ring != sharding.ring():
+        raise ValueError(
+            f"the batch is dealt to {stream.ring} devices but the mesh splits rows over {sharding.ring()}; "
+            "deal it with hico_jax.parallel.zigzag.deal(batch, mesh.sequence)"
+        )
     if schedule.num_stages and plan is None:
         raise ValueError(
             f"drop.kind is {schedule.kind!r} but the batch has no drop plan; make one with "
@@ -117,12 +129,12 @@ def _place(stream: Stream, angles: Callable[[Array], tuple[Array, Array]]) -> Pl
 
 
 def _run_layers(
-    blocks: Any, start: int, stop: int, x: Array, place: Place, *, remat: bool, cache_room: int
+    blocks: Any, start: int, stop: int, x: Array, place: Place, *, remat: str, cache_room: int
 ) -> tuple[Array, Any]:
     """Layers `start` to `stop`. Keys and values come back only when there is a cache to fill."""
 
     def step(x: Array, block: Any) -> tuple[Array, Any]:
-        x, key_value = block(x, place)
+        x, key_value = sharding.gathered(block, x.dtype)(x, place)
         x = shard(x, "batch", "length", None)
         return x, kv_cache.with_room(key_value, cache_room) if cache_room else None
 
@@ -130,9 +142,23 @@ def _run_layers(
         picked = lambda i: jax.tree.map(lambda p: p[i], blocks)
         return jax.lax.scan(lambda x, i: step(x, picked(i)), x, jnp.arange(start, stop))
     if remat:
-        policy = jax.checkpoint_policies.save_only_these_names(blockwise.SAVED)
+        policy = _policy(remat)
         step = jax.checkpoint(step, prevent_cse=False, policy=policy)
     return jax.lax.scan(step, x, layers.layer_slice(blocks, start, stop))
+
+
+def _policy(keeps: str) -> Any:
+    """What a recomputed layer keeps beside its input."""
+    policies = jax.checkpoint_policies
+    if keeps == "attention":  # most of the arithmetic of a long row, for as many bytes as the input
+        return policies.save_only_these_names(blockwise.SAVED)
+    if keeps == "offload":
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=[blockwise.SAVED],
+            offload_src="device", offload_dst="pinned_host",
+        )  # fmt: skip
+    assert keeps == "nothing", keeps
+    return policies.nothing_saveable
 
 
 def _drop(
@@ -140,6 +166,8 @@ def _drop(
 ) -> tuple[Stream, Array | None]:
     """One stage: choose the survivors, close the gaps, count positions anew."""
     scores = None
+    if stream.ring > 1:
+        return _drop_over_devices(blocks, stream, plan, schedule, stage, angles), None
     if stage < schedule.num_uniform:
         alive = (stream.segments != 0) & (stream.survives > stage)
     else:
@@ -161,15 +189,44 @@ def _drop(
     return taken.replace(slots=slots, positions=progressive.renumber(taken.segments)), scores
 
 
+def _drop_over_devices(
+    blocks: Any, stream: Stream, plan: DropPlan, schedule: DropSchedule, stage: int, angles: Callable
+) -> Stream:
+    """`_drop` for rows that are split over devices."""
+    axis = sharded.Axis(sharding.SEQUENCE, stream.ring)
+    count, even, length = plan.keep.shape[1], stage < schedule.num_uniform, plan.lengths[stage]
+    layer = schedule.layers[stage]
+    block = None if even else sharding.gathered(jax.tree.map(lambda p: p[layer], blocks), stream.x.dtype)
+
+    def choose(stream: Stream, keep: Array, block: Any) -> Stream:
+        real = stream.segments != 0
+        if even:
+            alive = real & (stream.survives > stage)
+        else:
+            beyond = axis.sum(real.sum(1, dtype=jnp.int32)).max() - 1 if stage == 0 else 0
+            place = _place(stream.replace(positions=jnp.where(real, stream.positions, beyond)), angles)
+            x = jnp.where(real[..., None], jax.lax.stop_gradient(stream.x), jnp.zeros((), stream.x.dtype))
+            q, k = jax.lax.stop_gradient(block.attention_query_key(x, place))
+            asks = sharded.queries(stream.segments, stream.labelled, plan.num_queries, count, axis)
+            scores = sharded.scores(q, k, stream.positions, stream.segments, asks, plan.num_queries or count, axis)
+            alive = sharded.best(scores, stream.slots, stream.segments, keep[:, :, stage], axis)
+        taken, filled = sharded.close_ranks(stream, alive, length, axis)
+        return taken.replace(
+            slots=jnp.where(filled, taken.slots, -1), positions=sharded.positions(taken.segments, count, axis)
+        )
+
+    row = ("batch", "length")
+    return sharding.local(choose, stream, plan.keep, block, axes=(row, ("batch",), ()), out=row)
+
+
 def decode(
     blocks: Any, x: Float[Array, "B 1 D"], cache: kv_cache.Cache, *, angles: Callable[[Array], tuple[Array, Array]]
 ) -> tuple[Float[Array, "B 1 D"], kv_cache.Cache]:
     """One token of every row through all layers, each against the tokens its own group has kept."""
-    first, groups, zero = 0, [], jnp.zeros((), jnp.int32)
+    first, groups = 0, []
     for group in cache.groups:
         count = group.k.shape[0]
-        offset = group.segments.shape[1] - cache.room + cache.step
-        segments = jax.lax.dynamic_update_slice(group.segments, cache.segment[:, None], (zero, offset))
+        segments = kv_cache.mark(group.segments, cache.segment, cache.step, cache.room)
         place = Place(*angles(group.position[:, None]), group.position[:, None], cache.segment[:, None])
         visible = segments == cache.segment[:, None]
 
@@ -178,11 +235,10 @@ def decode(
             carry: tuple[Array, Array, Array],
             first: int = first,
             place: Place = place,
-            offset: Array = offset,
             visible: Array = visible,
         ) -> tuple[Array, Array, Array]:
             block = jax.tree.map(lambda p: p[first + i], blocks)
-            return block.decode(carry[0], place, *carry[1:], i, offset, visible)
+            return block.decode(carry[0], place, *carry[1:], i, (cache.step, cache.room), visible)
 
         x, k, v = jax.lax.fori_loop(0, count, step, (x, group.k, group.v))
         groups.append(group.replace(k=k, v=v, segments=segments, position=group.position + 1))
@@ -198,6 +254,11 @@ def final_weights(stream: Stream) -> Stream:
     """
     if stream.weights is None:
         return stream
+    if stream.ring > 1:
+        axis, row = sharded.Axis(sharding.SEQUENCE, stream.ring), ("batch", "length")
+        find = lambda slots, segments: sharded.before_visual(slots, segments, axis)
+        before = sharding.local(find, stream.slots, stream.segments, axes=(row, row), out=row)
+        return stream.replace(weights=jnp.where(before, 0.0, stream.weights))
     same = stream.segments[:, 1:] == stream.segments[:, :-1]
     before_visual = jnp.pad(same & (stream.slots[:, 1:] >= 0), ((0, 0), (0, 1)))
     return stream.replace(weights=jnp.where(before_visual, 0.0, stream.weights))

@@ -20,7 +20,7 @@ from hico_jax.models import attention, layers
 from hico_jax.models.llm import cache as kv_cache
 from hico_jax.models.llm import decoder
 from hico_jax.models.llm.decoder import Place, Stream
-from hico_jax.parallel.sharding import shard
+from hico_jax.parallel.sharding import lookup, shard
 from hico_jax.shapes import Array, Bool, Float, Int
 
 NO_DROP = DropSchedule()
@@ -47,6 +47,7 @@ class Qwen2Config:
     rope_original: int = 32768  # positions before the scaling; unused by "default"
     init_std: float = 0.02  # of random matrices; a small model learns sooner from about 1 / sqrt(embed_dim)
     remat: bool = False  # recompute each layer in the backward pass instead of keeping its activations
+    remat_keeps: str = "attention"  # what a layer keeps all the same, beside its input: one of decoder.KEEPS
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -59,6 +60,8 @@ class Qwen2Config:
                 f"rope_kind is {self.rope_kind!r} with rope_factor {self.rope_factor}; it must be one of "
                 f"{', '.join(layers.ROPE_KINDS)} with a factor of at least 1"
             )
+        if self.remat_keeps not in decoder.KEEPS:
+            raise ValueError(f"remat_keeps is {self.remat_keeps!r}; it must be one of {', '.join(decoder.KEEPS)}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
 
@@ -243,7 +246,7 @@ class Block(nnx.Module):
             k_segments=place.segments,
         )
         x = x + self.attn.out(mixed)
-        return x + self.mlp(self.post_norm(x)), (k, v)
+        return x + layers.in_slices(lambda x: self.mlp(self.post_norm(x)), x), (k, v)
 
     def attention_query_key(self, x: Float[Array, "B L D"], place: Place) -> tuple[Array, Array]:
         """What this layer would ask and answer: the norm, q, k and rotation, for scoring tokens before it runs."""
@@ -256,14 +259,14 @@ class Block(nnx.Module):
         keys: Array,
         values: Array,
         layer: Array,
-        offset: Array,
+        at: tuple[Array, int],
         visible: Bool[Array, "B S"],
     ) -> tuple[Float[Array, "B 1 D"], Array, Array]:
-        """One token against the cache of its group; returns the stacks with this token written in."""
+        """One token against the cache of its group, `at` its step and room; returns the stacks with it written in."""
         normed = self.input_norm(x)
         q, k = self.attn.query_key(normed, place)
-        keys = kv_cache.write(keys, layer, offset, k)
-        values = kv_cache.write(values, layer, offset, self.attn.value(normed))
+        keys = kv_cache.write(keys, layer, *at, k)
+        values = kv_cache.write(values, layer, *at, self.attn.value(normed))
         x = x + self.attn.out(attention.attend_one(q, keys[layer], values[layer], visible))
         return x + self.mlp(self.post_norm(x)), keys, values
 
@@ -291,7 +294,7 @@ class Qwen2(nnx.Module):
             plan,
             schedule=schedule,
             angles=self.angles,
-            remat=self.config.remat,
+            remat=self.config.remat_keeps if self.config.remat else "",
             cache_room=cache_room,
         )
         return stream.replace(x=self.norm(stream.x)), cache
@@ -314,7 +317,7 @@ class Qwen2(nnx.Module):
         )  # fmt: skip
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        return shard(self.embedding[...][tokens], "batch", "length", None)
+        return lookup(self.embedding[...], tokens)
 
     def unembed_weight(self) -> Float[Array, "D V"]:
         """What hidden states are multiplied by to give logits."""

@@ -98,3 +98,11 @@ def test_yarn_has_the_recorded_constants():
     np.testing.assert_array_equal(sin, 0)
     cos, _ = layers.rotary_angles(jnp.full((1, 1), 100, jnp.int32), 128, 1e6, kind="yarn", factor=4.0)
     np.testing.assert_allclose(cos[0, 0, :64], 1.138629436 * np.cos(100 * slowed.astype(float)), atol=1e-5)
+
+
+def test_slices_give_what_the_whole_gives() -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12, 3)), jnp.float32)
+    f = lambda x: jnp.square(x).sum(-1, keepdims=True) * x
+    run = lambda most: jax.value_and_grad(lambda x: jnp.sin(layers.in_slices(f, x, most)).sum())(x)
+    for found, expected in zip(run(4), run(100), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -24,7 +24,7 @@ def test_last_index_skips_padding() -> None:
 def test_write_touches_one_place_of_one_layer() -> None:
     stack = jnp.zeros((3, 2, 2, 5, 4))
     value = jnp.arange(16.0).reshape(2, 1, 2, 4)
-    out = cache.write(stack, jnp.int32(1), jnp.int32(3), value)
+    out = cache.write(stack, jnp.int32(1), jnp.int32(1), 3, value)  # five places, three of them room, step 1
     np.testing.assert_array_equal(out[1, :, :, 3], value[:, 0])
     assert jnp.count_nonzero(out) == jnp.count_nonzero(value)
 

@@ -1,0 +1,159 @@
+"""Compile the real training step or prefill for devices that are not here, and read what the compiler says.
+
+In: an `Experiment`, the mesh of a topology, the shape of a batch. Out: a `Compiled`: memory, collectives, time.
+Nothing is computed and no array exists; `libtpu` is the whole TPU compiler and needs no TPU.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import math
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from hico_jax import generate, optim, start, step
+from hico_jax.batch import Batch
+from hico_jax.config import Experiment
+from hico_jax.parallel import context, sharding
+
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one device. Collectives inside a loop are counted once."""
+
+    peak_bytes: int
+    argument_bytes: int  # parameters, optimizer, batch
+    temporary_bytes: int  # activations, gathered weights, buffers
+    host_bytes: int
+    compile_s: float
+    collectives: Mapping[str, tuple[int, int]]  # kind -> how many, bytes of their results
+    text: str = ""  # the program, where it can be had
+
+
+def devices_of(topology: str) -> Sequence[Any]:
+    """The devices of a named TPU topology, for example `v5p:4x4x4`.
+
+    Raises:
+      ValueError: no TPU compiler is installed, or it does not know the name.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or it looks for a TPU's metadata for a minute
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(topology, platform="tpu").devices
+    except Exception as error:  # the compiler's own words are many lines of C++
+        if "libtpu" in str(error).lower() and "not found" in str(error).lower():
+            raise ValueError("no TPU compiler is installed; pip install -e '.[tpu-compile]'") from None
+        raise ValueError(
+            f"the TPU compiler does not know the topology {topology!r} ({str(error).splitlines()[0][:120]}); "
+            "names read v5e:4x4, v5p:4x4x4, v6e:8x8"
+        ) from None
+
+
+def train_step(
+    experiment: Experiment, mesh: Mesh, *, rows: int, tokens: int, clips: int, keep_text: bool = False
+) -> Compiled:
+    """Compile one optimizer step on a batch of `rows` rows of `tokens` tokens and `clips` clips each."""
+    experiment = dataclasses.replace(
+        experiment, train=dataclasses.replace(experiment.train, steps=experiment.train.steps or 1000)
+    )
+    with jax.set_mesh(mesh), context.using(experiment.mesh.context):
+        model = nnx.eval_shape(lambda: experiment.model.build(rngs=nnx.Rngs(params=0)))
+        parts = optim.split(model, experiment.optim.rates)
+        tx = optim.optimizer(experiment.optim, experiment.num_steps, parts.trainable)
+        trainable, frozen = start._with_shardings((parts.trainable, parts.frozen), mesh)
+        moments = start._with_shardings(jax.eval_shape(tx.init, parts.trainable), mesh)
+        count = jax.ShapeDtypeStruct((), jnp.int32, sharding=start._whole(mesh, 0))
+        state = start.TrainState(count, trainable, frozen, moments)
+        batch = _batch(experiment, mesh, rows, tokens, clips)
+        update = functools.partial(step.train_step, graphdef=parts.graphdef, tx=tx, settings=experiment)
+        places = jax.tree.map(lambda a: a.sharding, state)
+        return _compile(jax.jit(update, donate_argnums=0, out_shardings=(places, None)), (state, batch), keep_text)
+
+
+def prefill(experiment: Experiment, mesh: Mesh, *, rows: int, tokens: int, clips: int, room: int = 1024) -> Compiled:
+    """Compile encoding and prefill of such a batch, in the model's own precision, with `room` for an answer."""
+    with jax.set_mesh(mesh), context.using(experiment.mesh.context):
+        graph, weights = nnx.split(nnx.eval_shape(lambda: experiment.model.build(rngs=nnx.Rngs(params=0))))
+        dtype = jnp.dtype(experiment.model.dtype)
+        weights = jax.tree.map(
+            lambda a, p: jax.ShapeDtypeStruct(a.shape, dtype, sharding=p), weights, sharding.shardings(weights, mesh)
+        )
+
+        def run(weights: Any, batch: Batch) -> Any:
+            model = nnx.merge(graph, weights)
+            stream = model.splice(batch, model.encode(batch.clips, batch.images))
+            stream = stream.replace(targets=None, weights=None)
+            return generate.prefill(model.llm, stream, batch.drop, schedule=model.config.drop, room=room)
+
+        return _compile(jax.jit(run), (weights, _batch(experiment, mesh, rows, tokens, clips)), False)
+
+
+def _batch(experiment: Experiment, mesh: Mesh, rows: int, tokens: int, clips: int) -> Batch:
+    geometry = experiment.model.geometry()
+    px, frames = geometry.image_px, geometry.frames_per_clip
+    whole = lambda dtype: jax.ShapeDtypeStruct((rows, tokens), dtype)
+    made = Batch(
+        tokens=whole(jnp.int32), slots=whole(jnp.int32), positions=whole(jnp.int32), segments=whole(jnp.int32),
+        targets=whole(jnp.int32), weights=whole(jnp.float32),
+        clips=jax.ShapeDtypeStruct((rows, clips, frames, px, px, 3), jnp.uint8),
+        images=jax.ShapeDtypeStruct((rows, 0, px, px, 3), jnp.uint8),
+        ring=mesh.shape[sharding.SEQUENCE],
+    )  # fmt: skip
+    places = sharding.batch_shardings(made, mesh)
+    return jax.tree.map(lambda a, p: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=p), made, places)
+
+
+def _compile(jitted: Any, args: tuple[Any, ...], keep_text: bool) -> Compiled:
+    lowered = jitted.lower(*args)
+    began = time.monotonic()
+    compiled = lowered.compile()
+    seconds = time.monotonic() - began
+    memory = compiled.memory_analysis()
+    try:
+        text = compiled.as_text()
+    except Exception:  # some pairs of jaxlib and libtpu cannot print what they compiled
+        text = ""
+    return Compiled(
+        peak_bytes=int(memory.peak_memory_in_bytes), argument_bytes=int(memory.argument_size_in_bytes),
+        temporary_bytes=int(memory.temp_size_in_bytes),
+        host_bytes=int(memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes),
+        compile_s=seconds, collectives=count(text), text=text if keep_text else "",
+    )  # fmt: skip
+
+
+def count(text: str) -> dict[str, tuple[int, int]]:
+    """Collectives of a compiled program by kind: how many, and the bytes of their results."""
+    numbers: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
+    for result, kind in re.findall(rf"= (\([^=]*?\)|\S+) ({'|'.join(COLLECTIVES)})(?:-start)?\(", text):
+        shapes = [
+            _BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", result)
+        ]
+        numbers[kind][0] += 1
+        numbers[kind][1] += max(shapes, default=0)
+    return {kind: (n, size) for kind, (n, size) in sorted(numbers.items())}
+
+
+def gib(size: float) -> str:
+    """Bytes as GiB.
+
+    Example:
+      >>> gib(3 << 29)
+      '1.5 GiB'
+    """
+    return f"{np.round(size / 2**30, 1):.1f} GiB"

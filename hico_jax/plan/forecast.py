@@ -1,0 +1,241 @@
+"""Memory and time of a step from formulas, at once. `compile.py` asks the compiler the same.
+
+In: an `Experiment`, a topology, the shape of a batch. Out: a `Forecast` of one device.
+
+FLOPs count causal attention at half and what is computed again separately, as the field does when it quotes MFU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from hico_jax import optim
+from hico_jax.config import Experiment
+from hico_jax.parallel import context
+from hico_jax.parallel.mesh import MeshConfig
+from hico_jax.plan.chips import Topology
+
+EFFICIENCY = (
+    0.56  # share of the peak while computing: 55.9 % is the best published for heads of 128 at a million tokens
+)
+USABLE = 0.95  # share of HBM a program may have
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A batch: rows, places of a row, clips of a row."""
+
+    rows: int
+    tokens: int
+    clips: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """One device of a step."""
+
+    memory: Mapping[str, float]  # bytes by what holds them
+    flops: float  # of the model, all devices
+    again: float  # computed a second time, all devices
+    compute_s: float
+    exposed_s: float  # travel that compute does not hide
+    ring_bound: float  # tokens a device from which the ring hides its travel
+    strategy: str
+    mesh: MeshConfig
+
+    @property
+    def peak(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def step_s(self) -> float:
+        return self.compute_s + self.exposed_s
+
+
+def shape_of(experiment: Any, own: Mapping[str, Any]) -> Shape:
+    """The batch: what flags say, else the configuration's longest row and its global batch; film fills what it may."""
+    geometry = experiment.model.geometry()
+    tokens = own.get("tokens") or experiment.data.max_length or geometry.max_length
+    rows = own.get("rows") or (1 if "tokens" in own else experiment.data.batch_size)
+    clips = own.get("clips")
+    if clips is None:
+        clips = max(0, tokens - min(4096, tokens // 8)) // geometry.tokens_per_clip
+        if "tokens" not in own and experiment.data.max_frames:
+            clips = min(clips, experiment.data.max_frames // geometry.frames_per_clip)
+    return Shape(rows, tokens, clips)
+
+
+def choose_mesh(shape: Shape, topology: Topology) -> MeshConfig:
+    """A mesh for a batch: each row on as few devices as rows allow, weights split over all."""
+    each = topology.count // topology.slices
+    rows = max(1, shape.rows // topology.slices)
+    split = math.gcd(rows, each)
+    return MeshConfig(data=1, fsdp=split, sequence=each // split, tensor=1, slices=topology.slices)
+
+
+def resolved(mesh: MeshConfig, topology: Topology) -> MeshConfig:
+    """The mesh with its -1 worked out.
+
+    Raises:
+      ValueError: it does not multiply to the topology's chips.
+    """
+    each, sizes = topology.count // mesh.slices, list(mesh.sizes)
+    known = math.prod(s for s in sizes if s > 0)
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = max(1, each // known)
+    if math.prod(sizes) * mesh.slices != topology.count:
+        raise ValueError(
+            f"the mesh data={sizes[0]} fsdp={sizes[1]} sequence={sizes[2]} tensor={sizes[3]} slices={mesh.slices} "
+            f"needs {math.prod(sizes) * mesh.slices} chips but {topology.name} has {topology.count}; change "
+            "mesh.fsdp or mesh.sequence, or set one of them to -1"
+        )
+    return MeshConfig(*sizes, slices=mesh.slices, context=mesh.context)
+
+
+def sizes_of(experiment: Experiment) -> dict[str, tuple[int, int]]:
+    """(parameters that train, frozen parameters) of vision, projector and llm."""
+    model = nnx.eval_shape(lambda: experiment.model.build(rngs=nnx.Rngs(params=0)))
+    parts = optim.split(model, experiment.optim.rates)
+    found: dict[str, list[int]] = {name: [0, 0] for name in ("vision", "projector", "llm")}
+    for i, half in enumerate((parts.trainable, parts.frozen)):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(half):
+            found[str(getattr(path[0], "key", path[0]))][i] += math.prod(leaf.shape)
+    return {name: (a, b) for name, (a, b) in found.items()}
+
+
+def forecast(
+    experiment: Experiment, topology: Topology, mesh: MeshConfig, shape: Shape, *, training: bool = True
+) -> Forecast:
+    """What one step (or, not training, one prefill) asks of a device."""
+    llm, vision, chip = experiment.model.llm, experiment.model.vision, topology.chip
+    sizes = sizes_of(experiment)
+    count = topology.count
+    shards = mesh.fsdp * mesh.sequence * mesh.tensor
+    rows_here = max(
+        1.0, shape.rows / (mesh.slices * mesh.data * mesh.fsdp) / (experiment.optim.accumulate if training else 1)
+    )
+    here = rows_here * shape.tokens / mesh.sequence  # tokens of a device
+    heads = llm.num_heads * llm.head_dim
+    trains, frozen = sum(t for t, _ in sizes.values()), sum(f for _, f in sizes.values())
+    layer = (sum(sizes["llm"]) - llm.vocab_size * llm.embed_dim * (1 if llm.tied else 2)) / llm.num_layers
+    patches = (vision.image_px // 16) ** 2 * vision.frames_per_clip
+    clips_here = math.ceil(shape.rows * shape.clips / count)
+
+    kv_bytes = 4.0 * shape.tokens * llm.num_kv_heads * llm.head_dim * rows_here
+    strategy = (
+        "none"
+        if mesh.sequence == 1
+        else mesh.context
+        if mesh.context != "auto"
+        else ("gather" if kv_bytes <= context.MOST_GATHERED else "ring")
+    )
+    keeps = getattr(llm, "remat_keeps", "attention") == "attention"
+    width = llm.embed_dim + (heads if keeps else 0)
+    unembed = llm.vocab_size * llm.embed_dim / mesh.tensor
+    logits = 2 * 4.0 * min(experiment.train.loss_chunk, here) * rows_here * llm.vocab_size
+    pixels = clips_here * vision.frames_per_clip * 3.0 * vision.image_px**2
+    group = min(clips_here, max(1, 25_088 // patches))
+    tower = sum(sizes["vision"]) * 4.0
+    memory = {
+        "parameters": 4.0 * (trains + frozen) / shards,
+        "optimizer": (8.0 * trains / shards) if training else 0.0,
+        "pixels": pixels,
+        "layer inputs": 2.0 * here * width * llm.num_layers if training else 0.0,
+        "one layer": 2.0 * here * (6 * llm.embed_dim + 4 * heads)
+        + 2.0 * min(here, 65_536) * 3 * llm.mlp_dim / mesh.tensor
+        + 4.0 * layer,
+        "tower": tower + 2.0 * group * patches * vision.embed_dim * (vision.num_blocks + 12),
+        "gathered keys": kv_bytes * (3 if training else 1) if strategy == "gather" else 0.0,
+        "loss": logits + 8.0 * unembed if training else 0.0,
+        "cache": 0.0 if training else kv_bytes * llm.num_layers / mesh.sequence,
+    }
+    if not training:
+        memory["parameters"] = 2.0 * (trains + frozen) / shards
+    # The tower is done before the layers start, and the loss before the layers' gradients: only one of them lives.
+    transient = {name: memory.pop(name) for name in ("one layer", "tower", "loss", "gathered keys")}
+    alive = max(transient["one layer"] + transient["gathered keys"], transient["tower"], transient["loss"])
+    memory["largest of layer, tower, loss"] = alive
+
+    times = 3.0 if training else 1.0
+    tokens = float(shape.rows * shape.tokens)
+    linear = 2.0 * (layer * llm.num_layers + (unembed if training else 0)) * tokens
+    attention = 2.0 * shape.rows * float(shape.tokens) ** 2 * heads * llm.num_layers
+    seen = shape.rows * shape.clips * patches
+    tower_flops = 2.0 * sum(sizes["vision"]) * seen + 4.0 * seen * patches * vision.embed_dim * vision.num_blocks
+    tower_times = times if sizes["vision"][0] or not training else 1.0
+    flops = times * (linear + attention) + tower_times * tower_flops
+    again = (
+        (linear + (0 if keeps else attention) + 2 * tower_flops * (tower_times > 1)) if training and llm.remat else 0.0
+    )
+    compute = (flops + again) / (count * chip.peak * EFFICIENCY)
+
+    c = here
+    bound = ring_bound(llm, chip.ratio, training)
+    steps = mesh.sequence - 1
+    sent = 4.0 * c * llm.num_kv_heads * llm.head_dim / mesh.tensor
+    hop_compute = 2.0 * c * c * heads / mesh.tensor / (chip.peak * EFFICIENCY)
+    exposed = 0.0
+    if strategy == "ring":
+        exposed = steps * llm.num_layers * max(0.0, sent / chip.link - hop_compute) * times
+    elif strategy in ("gather", "usp"):
+        exposed = llm.num_layers * steps * sent / (chip.link * chip.links) * times
+    # Weights of the next layer come while this one computes; what is slower than its compute shows.
+    weights = (
+        (3 if training else 1)
+        * 2.0
+        * layer
+        * (shards / mesh.tensor - 1)
+        / (shards / mesh.tensor)
+        / (chip.link * chip.links)
+    )
+    exposed += llm.num_layers * max(0.0, weights - compute / llm.num_layers)
+    film = max(0, mesh.sequence - 1) / max(1, mesh.sequence) * shape.clips * 64 * llm.embed_dim * 2.0 * rows_here
+    exposed += (2 if training else 1) * film / chip.link  # visual tokens on their way home
+    return Forecast(memory, flops, again, compute, exposed, bound, strategy, mesh)
+
+
+def ring_bound(llm: Any, ratio: float, training: bool = True) -> float:
+    """Tokens a device from which compute hides the ring: `2 (K/H) (C/W)` forward at the peak, 12/5 for 2 backward.
+
+    A step computes `2 c^2 H d` and sends `4 c K d` bytes; backward 5 products against bf16 keys and values and float32
+    gradients of both.
+    """
+    return (12 / 5 if training else 2.0) * llm.num_kv_heads / llm.num_heads * ratio
+
+
+def check_memory(found: Forecast, topology: Topology, experiment: Experiment, peak: float | None = None) -> None:
+    """Refuse what does not fit, with what would help.
+
+    Raises:
+      ValueError: too little HBM.
+    """
+    need, has = found.peak if peak is None else peak, topology.chip.memory * USABLE
+    if need <= has:
+        return
+    llm, mesh = experiment.model.llm, found.mesh
+    help_ = []
+    if not llm.remat:
+        help_.append("--config.model.llm.remat=True")
+    elif getattr(llm, "remat_keeps", "nothing") == "attention":
+        help_.append("--config.model.llm.remat_keeps=nothing")
+    if mesh.sequence == 1 or mesh.fsdp > 1:
+        help_.append(f"--config.mesh.sequence={max(2, 2 * mesh.sequence)} (fewer rows a device)")
+    if experiment.optim.accumulate == 1:
+        help_.append("a larger --config.optim.accumulate")
+    if found.strategy == "gather":
+        help_.append("--config.mesh.context=ring")
+    help_ += [
+        f"more chips than {topology.count}",
+        "fewer tokens a row (--config.data.max_length)",
+        "a smaller --config.train.loss_chunk",
+    ]
+    raise ValueError(
+        f"the step needs {need / 2**30:.1f} GiB a chip but {topology.chip.name} has {has / 2**30:.1f} GiB to use, "
+        f"{(need - has) / 2**30:.1f} GiB too few; what would help: {'; '.join(help_[:3])}"
+    )

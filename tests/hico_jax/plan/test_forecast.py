@@ -1,0 +1,64 @@
+"""The formulas against numbers worked out elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from configs import stage3_sft, stage4_highres
+from hico_jax import config
+from hico_jax.parallel.mesh import MeshConfig
+from hico_jax.plan.chips import CHIPS, Topology
+from hico_jax.plan.forecast import Shape, check_memory, choose_mesh, forecast, resolved, ring_bound, sizes_of
+
+POD = Topology.parse("v5p:4x4x4")
+MILLION = Shape(1, 1 << 20, 16_128)
+EXPERIMENT = config.freeze(stage3_sft.get_config("umt_qwen2_7b"))
+ONCE = dataclasses.replace(EXPERIMENT, optim=dataclasses.replace(EXPERIMENT.optim, accumulate=1))
+
+
+def test_parameters_are_counted_by_what_trains() -> None:
+    assert sizes_of(EXPERIMENT) == {"vision": (290_479_104, 0), "projector": (16_522_240, 0), "llm": (7_615_616_512, 0)}
+    frozen = sizes_of(config.freeze(stage4_highres.get_config("umt_hd_qwen2_7b")))
+    assert frozen["llm"] == (0, 7_615_616_512)
+
+
+@pytest.mark.parametrize(
+    ("chip", "forward", "backward"), [("v5p", 1457, 1749), ("v6e", 2914, 3497), ("v5e", 1251, 1501)]
+)
+def test_from_how_many_tokens_the_ring_is_free(chip: str, forward: int, backward: int) -> None:
+    llm, ratio = EXPERIMENT.model.llm, CHIPS[chip].ratio
+    assert ring_bound(llm, ratio, False) == pytest.approx(forward, abs=1)
+    assert ring_bound(llm, ratio) == pytest.approx(backward, abs=1)
+
+
+def test_a_million_tokens_on_64_chips() -> None:
+    """7.07e17 FLOP of the language model (half-causal); 43 s at 55.9 % of the peak."""
+    found = forecast(ONCE, POD, choose_mesh(MILLION, POD), MILLION)
+    assert found.mesh.sequence == 64
+    assert found.strategy == "ring"
+    assert 7.0e17 < found.flops < 7.7e17
+    assert 40 < found.step_s < 60
+    assert found.peak < 13 * 2**30
+    assert found.exposed_s < 1
+
+
+def test_meshes() -> None:
+    assert choose_mesh(Shape(256, 32_768, 100), POD) == MeshConfig(1, 64, 1, 1)
+    assert choose_mesh(Shape(4, 262_144, 100), POD) == MeshConfig(1, 4, 16, 1)
+    assert choose_mesh(Shape(2, 1 << 20, 100), Topology.parse("2*v5p:4x4x4")) == MeshConfig(1, 1, 64, 1, slices=2)
+    assert resolved(MeshConfig(data=2, fsdp=-1, sequence=4), POD) == MeshConfig(2, 8, 4, 1)
+    with pytest.raises(ValueError, match=r"needs 48 chips but v5p:4x4x4 has 64"):
+        resolved(MeshConfig(fsdp=48), POD)
+
+
+def test_too_little_memory_says_by_how_much_and_what_would_help() -> None:
+    small = Topology.parse("v5e:2x2")
+    found = forecast(ONCE, small, choose_mesh(MILLION, small), MILLION)
+    with pytest.raises(
+        ValueError,
+        match=r"needs \d+\.\d GiB a chip but v5e has 15\.2 GiB to use, \d+\.\d GiB too few; .*remat_keeps=nothing",
+    ):
+        check_memory(found, small, ONCE)
+    check_memory(found, small, ONCE, peak=1.0)
