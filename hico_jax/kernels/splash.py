@@ -110,8 +110,8 @@ def backward(
         options = (False, kernels.DEFAULT_MASK_VALUE, False, kernel.sizes, None, kernel.function, None, interpret)
         return backward(*options, saved, d_out)[3:6]
 
-    arrays = (_scaled(q), *(_heads_first(a) for a in (k, v, out, lse, d_out)), q_segments, k_segments)
-    d_q, d_k, d_v = jax.vmap(row)(*arrays)
+    k, v, out, lse, d_out = (_heads_first(a) for a in (k, v, out, lse, d_out))
+    d_q, d_k, d_v = jax.vmap(row)(_scaled(q), k, v, out, lse, d_out, q_segments, k_segments)
     d_q = _heads_first(d_q).astype(jnp.float32) * q.shape[-1] ** -0.5
     return d_q, _heads_first(d_k), _heads_first(d_v)
 
