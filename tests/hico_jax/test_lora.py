@@ -31,7 +31,7 @@ def experiment(base: str, workdir: str = "", **changed: Any) -> Experiment:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("base", ["full", "int8"])
+@pytest.mark.parametrize("base", ["full", pytest.param("int8", marks=pytest.mark.slow)])
 def test_adapters_train_merge_and_leave_the_base_alone(base: str, tmp_path: pathlib.Path) -> None:
     settings = experiment(base, str(tmp_path))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
