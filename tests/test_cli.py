@@ -204,7 +204,8 @@ def test_every_command_says_how_to_go_on_after_ctrl_c(
     target(name, raises(KeyboardInterrupt()))
     rest = {
         "convert": ["a", "b"], "export": ["a", "b"], "data": ["check", "f"],
-        "ask": ["v", "hi"], "train": ["--config=c"], "plan": ["--config=c"], "eval": ["mvbench", "--model", "m", "--annotations", "a"],
+        "ask": ["v", "hi"], "train": ["--config=c"], "plan": ["--config=c"],
+        "eval": ["mvbench", "--model", "m", "--annotations", "a"],
         "niah": ["--model", "m"], "compress": ["--model", "m"], "bench": ["--model", "m"],
     }  # fmt: skip
     assert cli.main([name, *rest.get(name, [])]) == cli.INTERRUPTED
