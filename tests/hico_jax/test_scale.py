@@ -110,4 +110,4 @@ def test_a_batch_that_is_not_dealt_is_refused() -> None:
         jax.set_mesh(make_mesh(MeshConfig(1, 2, 4, 1))),
         pytest.raises(ValueError, match=r"dealt to 1 devices but the mesh splits rows over 4; deal it with"),
     ):
-        jax.eval_shape(lambda s: nnx.merge(graph, s)(batch).x, state)
+        jax.eval_shape(lambda s, b: nnx.merge(graph, s)(b).x, state, batch)
