@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
-from hico_jax import config, optim, registry
+from hico_jax import config, optim, registry, start
+from hico_jax.batch import Batch
 from hico_jax.models import layers
 from hico_jax.parallel import sharding
-from hico_jax.parallel.mesh import make_mesh
+from hico_jax.parallel.mesh import MeshConfig, make_mesh
+from hico_jax.step import Stepper
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STAGES = ["stage1_align", "stage2_pretrain", "stage3_sft", "stage4_highres"]
@@ -88,6 +92,50 @@ def test_both_rates_of_the_tower_are_reachable() -> None:
     names = ["vision/w", "llm/w"]
     assert optim.assign(names, (*applied.optim.rates, (r"llm/.*", None))) == {"vision/w": "lr", "llm/w": "lr"}
     assert optim.assign(names, intended.optim.rates) == {"vision/w": 2e-6, "llm/w": "lr"}
+
+
+def _step(settings: Any, mesh: MeshConfig, num_devices: int, batch: Batch) -> tuple[Any, dict[str, float]]:
+    placed = make_mesh(mesh, jax.devices()[:num_devices])
+    with jax.set_mesh(placed):
+        begun = start.init_state(settings, placed)
+        stepper = Stepper(settings, begun, placed, lambda _: None)
+        state, numbers = stepper(begun.state, stepper.put(batch))
+    return state.optimizer, {name: float(value) for name, value in numbers.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_of_nano_on_eight_devices_is_that_of_one(stage: str, tmp_path: pathlib.Path) -> None:
+    found = config.freeze(load(stage, "nano"))
+    plain = dataclasses.replace(found.optim, eps=1e6, warmup_steps=0, schedule="constant", clip_norm=0.0)
+    settings = dataclasses.replace(
+        found, optim=plain, workdir=str(tmp_path), train=dataclasses.replace(found.train, steps=2)
+    )
+    batch = Batch.fake(settings.model.geometry(), rows=8, clips=2, images=1, text=16)
+    one, numbers = _step(settings, MeshConfig(1, 1, 1, 1), 1, batch)
+    for mesh in (MeshConfig(2, 2, 1, 2), MeshConfig(1, 2, 2, 2), MeshConfig(1, 1, 8, 1)):
+        eight, again = _step(settings, mesh, 8, batch)
+        for name, value in numbers.items():
+            assert again[name] == pytest.approx(value, rel=1e-5), (mesh, name)
+        for a, b in zip(jax.tree.leaves(eight), jax.tree.leaves(one), strict=True):
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=2e-6)  # moments: the gradients
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nano", "nano_hd"])
+def test_a_prefill_of_nano_on_eight_devices_is_that_of_one(name: str) -> None:
+    settings = registry.model_config(name)
+    batch = Batch.fake(settings.geometry(), rows=8, clips=4, text=16).replace(targets=None, weights=None)
+    hidden = []
+    for mesh, count in ((MeshConfig(1, 1, 1, 1), 1), (MeshConfig(2, 2, 1, 2), 8), (MeshConfig(1, 8, 1, 1), 8)):
+        placed = make_mesh(mesh, jax.devices()[:count])
+        with jax.set_mesh(placed):
+            model = settings.build(rngs=nnx.Rngs(0))
+            model = jax.device_put(model, sharding.shardings(model, placed))
+            on_mesh = jax.device_put(batch, sharding.batch_shardings(batch, placed))
+            hidden.append(np.asarray(jax.jit(lambda m, b: m(b).x)(model, on_mesh)))
+    for other in hidden[1:]:
+        np.testing.assert_allclose(other, hidden[0], rtol=1e-4, atol=1e-4)
 
 
 def test_stage_four_takes_the_high_resolution_twin() -> None:
