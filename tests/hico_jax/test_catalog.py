@@ -14,7 +14,10 @@ def test_every_model_has_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["name"] for row in rows] == list(registry.MODELS)
     released = {row["name"]: row for row in rows if row["source"]}
     assert released
-    assert all(row["licence"] and row["parameters"] > 1e9 and row["tokens/frame"] == 16 for row in released.values())
+    assert all(row["licence"] and row["parameters"] > 1e9 for row in released.values())
+    assert {name: row["tokens/frame"] for name, row in released.items() if row["tokens/frame"] != 16} == {
+        "internvl_hico_r64": 64
+    }
 
 
 def test_the_table_lines_up() -> None:
