@@ -74,7 +74,7 @@ def _stages(pictures: int, short: int, long: int, high: int, kill_at: int) -> tu
 
 FULL = Plan(
     name="full",
-    promise="no weights, no accelerator, about ten minutes on two cores",
+    promise="no weights, no accelerator, about a quarter of an hour on two cores",
     preset="nano",
     stages=_stages(pictures=120, short=300, long=60, high=60, kill_at=120),
     asked="stage3_long",
@@ -94,7 +94,7 @@ FULL = Plan(
 
 QUICK = Plan(
     name="quick",
-    promise="no weights, no accelerator, about three minutes on two cores; the full demo scores higher",
+    promise="no weights, no accelerator, about seven minutes on two cores; the full demo scores higher",
     preset="quick",
     stages=_stages(pictures=80, short=100, long=15, high=20, kill_at=80),
     asked="stage3_long",
