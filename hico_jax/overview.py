@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from hico_jax import checkpoint
 from hico_jax.batch import Batch, abstract
 from hico_jax.config import Experiment
-from hico_jax.start import TrainState, abstract_state
+from hico_jax.start import TrainState, abstract_start
 from hico_jax.step import step_cost
 
 
@@ -72,7 +72,7 @@ def largest_batch(experiment: Experiment) -> Batch:
 def dry_run(experiment: Experiment, mesh: Mesh) -> list[str]:
     """Everything `hico train --dry_run` prints: what would be made, and what a step would cost."""
     with jax.set_mesh(mesh):
-        state = abstract_state(experiment, mesh)
+        state = abstract_start(experiment, mesh).state
     batch = largest_batch(experiment)
     rows, length = batch.shape
     count = {"tokens": rows * length, "frames": batch.clips.shape[1] * rows * batch.clips.shape[2]}

@@ -82,14 +82,15 @@ def init_state(experiment: Experiment, mesh: Mesh, saved: checkpoint.Checkpointe
     return start(_state(0, trainable, frozen, moments, mesh), origin)
 
 
-def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
-    """The state as shapes with their places on the mesh."""
+def abstract_start(experiment: Experiment, mesh: Mesh) -> Start:
+    """What a run would begin with, as shapes with their places on the mesh."""
     model = nnx.eval_shape(lambda: experiment.model.build(rngs=nnx.Rngs(params=0)))
-    _, trainable, frozen = _split(experiment, model)
+    graphdef, trainable, frozen = _split(experiment, model)
     tx = optim.optimizer(experiment.optim, experiment.train.steps or 1, trainable)
     moments = jax.eval_shape(tx.init, trainable)
     step = jax.ShapeDtypeStruct((), np.int32, sharding=_whole(mesh, 0))
-    return TrainState(step, *(_with_shardings(tree, mesh) for tree in (trainable, frozen, moments)))
+    state = TrainState(step, *(_with_shardings(tree, mesh) for tree in (trainable, frozen, moments)))
+    return Start(graphdef, tx, state, "shapes only")
 
 
 def _passed(found: checkpoint.Restored) -> str:

@@ -93,7 +93,8 @@ class Stepper:
         places = sharding.batch_shardings(batch, self._mesh)
         return jax.tree.map(lambda a, p: jax.make_array_from_process_local_data(p, np.asarray(a)), batch, places)
 
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def compiled(self, state: TrainState, batch: Batch) -> Any:
+        """The program for a batch of this shape; arrays may be abstract."""
         key = jax.tree.structure(batch), tuple((a.shape, str(a.dtype)) for a in jax.tree.leaves(batch))
         self.compile_s = 0.0
         if key not in self._compiled:
@@ -102,8 +103,12 @@ class Stepper:
             self._compiled[key] = self._jitted.lower(state, batch).compile()
             self.compile_s = time.monotonic() - began
             self._say(f"compiled in {self.compile_s:.1f} s")
+        return self._compiled[key]
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        program = self.compiled(state, batch)
         with jax.transfer_guard("disallow"):
-            return self._compiled[key](state, batch)
+            return program(state, batch)
 
 
 def describe(batch: Batch) -> str:

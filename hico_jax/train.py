@@ -33,7 +33,7 @@ from hico_jax.parallel import context, hosts
 from hico_jax.parallel.mesh import make_mesh
 from hico_jax.preempt import AGAIN, Notice, exit_on_sigterm
 from hico_jax.samples import Evaluate, samples
-from hico_jax.start import Start, TrainState, init_state, params_dict
+from hico_jax.start import Start, TrainState, abstract_start, init_state, params_dict
 from hico_jax.step import Stepper, step_cost
 
 CONFIG_FILE = "config.json"
@@ -122,6 +122,15 @@ def fit(
         _begin(run, start)
         with contextlib.closing(run.writer), contextlib.closing(run.progress):
             return _loop(run, start, Source(batches, first, start.meta and start.meta["data"]), mesh, decode, evaluate)
+
+
+def compile_ahead(experiment: Experiment, batches: Iterable[Any], devices: Sequence[Any] | None = None) -> None:
+    """Compile the step for the first batch, from shapes alone: with JAX_COMPILATION_CACHE_DIR set, the run finds it."""
+    mesh = make_mesh(experiment.mesh, devices)
+    with jax.set_mesh(mesh), context.using(experiment.mesh.context):
+        stepper = Stepper(experiment, start := abstract_start(experiment, mesh), mesh, lambda text: print(text))
+        batch, _, _ = Source(batches, 0, None).next(1)
+        stepper.compiled(start.state, stepper.put(batch))
 
 
 def _loop(
@@ -245,11 +254,14 @@ class Source:
 def main(argv: Sequence[str]) -> int:
     """`hico train --config=FILE[:VARIANT] [--config.a.b=VALUE ...]`: 0 done, 75 stopped and saved, 2 a mistake.
 
+    `--dry_run` says what would be made; `--compile_only` compiles the step and stops.
+
     A mistake in flags or configuration is one sentence on stderr.
     """
     try:
         dry = [a for a in argv if a in ("--dry_run", "--dry-run")]
-        experiment = config.from_flags([a for a in argv if a not in dry])
+        ahead = [a for a in argv if a in ("--compile_only", "--compile-only")]
+        experiment = config.from_flags([a for a in argv if a not in (*dry, *ahead)])
         if dry or experiment.train.dry_run:
             print("\n".join(overview.dry_run(experiment, make_mesh(experiment.mesh))))
             return 0
@@ -260,12 +272,12 @@ def main(argv: Sequence[str]) -> int:
         return 2
     if experiment.train.distributed:
         hosts.join()
-        return _train(experiment)
+        return _train(experiment, compile_only=bool(ahead))
     with exit_on_sigterm():
-        return _train(experiment)
+        return _train(experiment, compile_only=bool(ahead))
 
 
-def _train(experiment: Experiment) -> int:
+def _train(experiment: Experiment, *, compile_only: bool = False) -> int:
     loader = make_loader(
         experiment.data, experiment.model.geometry(),
         process_index=jax.process_index(), process_count=jax.process_count(),
@@ -279,6 +291,10 @@ def _train(experiment: Experiment) -> int:
     if experiment.train.steps is None:
         settings = dataclasses.replace(experiment.train, steps=loader.num_steps)
         experiment = dataclasses.replace(experiment, train=settings)
+    if compile_only:
+        with contextlib.closing(loader):
+            compile_ahead(experiment, loader)
+        return 0
     show = None
     if experiment.train.num_samples and not experiment.model.drop.num_stages and jax.process_count() == 1:
         rows = range(min(experiment.train.num_samples, experiment.data.batch_size))

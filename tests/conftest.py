@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import pathlib
+import shutil
+import tempfile
 from typing import Any
+
+# Most of the tests' time is XLA's. What one process of the session compiled (pytest's workers and every command they
+# start) the others find here. It is set before JAX is imported, and the workers inherit it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="hico_tests_xla_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import numpy as np

@@ -51,23 +51,30 @@ class Plan:
     stage_films: int  # films that compare the model that answers with that of the last stage
 
 
-def _shape(length: int, clips: int, tiles: int) -> tuple[str, ...]:
+def shape(length: int, clips: int, tiles: int) -> tuple[str, ...]:
     """One shape for every batch: tokens of a row, clips of four frames, image tiles."""
     return (f"data.length_buckets=({length},)", f"data.clip_buckets=({clips},)", f"data.tile_buckets=({tiles},)")
 
 
+_TOWER_AT_REST = "optim.rates=(('vision/.*', None), ('.*', 'lr'))"
+
+
 def _stages(pictures: int, short: int, long: int, high: int, kill_at: int) -> tuple[Stage, ...]:
+    quiet = "train.num_samples=0"  # compiling an answer costs as long as ten steps; one stage shows some
     return (
-        Stage("stage1", "stage1_align", "stage1.yaml", 20, _shape(48, 1, 1)),
-        Stage("stage2", "stage2_pretrain", "images.yaml", pictures, _shape(80, 0, 1)),
-        Stage("stage3", "stage3_sft", "short.yaml", short, _shape(136, 3, 0), kill_at),
+        Stage("stage1", "stage1_align", "stage1.yaml", 20, (quiet, *shape(48, 1, 1))),
+        Stage("stage2", "stage2_pretrain", "images.yaml", pictures, (quiet, *shape(80, 0, 1))),
+        Stage("stage3", "stage3_sft", "short.yaml", short, ("data.batch_size=12", *shape(136, 3, 0)), kill_at),
         Stage(
             "stage3_long", "stage3_sft", "long.yaml", long,
-            ("data.batch_size=4", "data.max_frames=256", "optim.lr=3e-4", *_shape(1120, 64, 0)),
+            (  # two rows at a time: their buffers stay in the processor's caches
+                quiet, "data.batch_size=8", "optim.accumulate=4", "data.max_frames=128", "optim.lr=3e-4",
+                _TOWER_AT_REST, *shape(608, 32, 0),
+            ),
         ),
         Stage(
             "stage4", "stage4_highres", "short.yaml", high,
-            ("data.batch_size=16", "optim.lr=1e-3", *_shape(136, 3, 0)),
+            (quiet, "data.batch_size=12", "optim.lr=1e-3", *shape(136, 3, 0)),
         ),
     )  # fmt: skip
 
@@ -76,7 +83,7 @@ FULL = Plan(
     name="full",
     promise="no weights, no accelerator, about a quarter of an hour on two cores",
     preset="nano",
-    stages=_stages(pictures=120, short=300, long=60, high=60, kill_at=120),
+    stages=_stages(pictures=120, short=400, long=40, high=40, kill_at=120),
     asked="stage3_long",
     film_s=1200,
     lengths=(64, 128, 256, 512, 1024),
@@ -96,7 +103,7 @@ QUICK = Plan(
     name="quick",
     promise="no weights, no accelerator, about seven minutes on two cores; the full demo scores higher",
     preset="quick",
-    stages=_stages(pictures=80, short=100, long=15, high=20, kill_at=80),
+    stages=_stages(pictures=60, short=120, long=15, high=8, kill_at=60),
     asked="stage3_long",
     film_s=1024,
     lengths=(64, 256, 1024),

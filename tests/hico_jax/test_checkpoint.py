@@ -168,5 +168,11 @@ def test_any_flipped_bit_changes_the_digest(dtype: Any) -> None:
     assert checkpoint.manifest({"a": jnp.asarray(moved)})["a"]["digest"] != clean
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, jnp.bfloat16, np.uint8, np.bool_])
+def test_numpy_and_the_device_agree_on_digests(dtype: Any) -> None:
+    array = jnp.asarray(np.random.default_rng(0).integers(0, 2, (3, 5, 7)).astype(dtype))
+    assert list(checkpoint._digest_here(np.asarray(array))) == checkpoint._digests([array])[0].tolist()
+
+
 def test_a_digest_does_not_depend_on_the_layout() -> None:
     assert checkpoint.manifest(arrays(PARAMS)) == checkpoint.manifest(on_mesh(PARAMS))

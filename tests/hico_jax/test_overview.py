@@ -9,7 +9,7 @@ from configs import finetune_lora, stage3_sft
 from hico_jax import config, overview, train
 from hico_jax.models import layers
 from hico_jax.parallel.mesh import MeshConfig, make_mesh
-from hico_jax.start import abstract_state
+from hico_jax.start import abstract_start
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -28,7 +28,7 @@ def test_a_7b_run_is_told_without_being_made() -> None:
 @pytest.mark.parametrize(("base", "size"), [("full", 4), ("int8", 1)])
 def test_adapters_of_a_7b_model_in_bytes(base: str, size: int) -> None:
     found = config.freeze(finetune_lora.get_config(f"umt_qwen2_7b,base={base}"))
-    state = abstract_state(found, make_mesh(MeshConfig(), jax.devices()[:1]))
+    state = abstract_start(found, make_mesh(MeshConfig(), jax.devices()[:1])).state
     trains = layers.num_params(state.trainable)
     assert trains == 28 * 16 * (2 * 3584 + 2 * (3584 + 512) + 2 * 3584 * 0 + 3584 * 2 + 3 * (3584 + 18944))
     held = sum(a.dtype.itemsize * a.size for a in jax.tree.leaves(state.frozen))

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from data_pipeline.options import DataConfig
 from hico_jax import config, metrics, optim, registry, train
@@ -45,21 +44,6 @@ def losses_of(workdir: pathlib.Path) -> list[tuple[int, float, float]]:
 
 def leaves(state: Any) -> list[np.ndarray]:
     return [np.asarray(a) for a in jax.tree.leaves(state)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Most tests here compile the same step: keep it on disk meanwhile."""
-    folder = str(tmp_path_factory.mktemp("xla"))
-    settings = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.2}
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 class Info(NamedTuple):
@@ -158,11 +142,9 @@ train.fit(settings, test_train.Counter(before=kill), devices=jax.devices()[:1])
 """
 
 
-def test_killed_and_resumed_equals_straight(
-    straight: tuple[pathlib.Path, Any], tmp_path: pathlib.Path, compiled_once: str
-) -> None:
+def test_killed_and_resumed_equals_straight(straight: tuple[pathlib.Path, Any], tmp_path: pathlib.Path) -> None:
     script = KILLED.format(tests=str(pathlib.Path(__file__).parent))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": compiled_once}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
 
     def run(kill_at: int) -> int:
         return subprocess.run([sys.executable, "-c", script, str(tmp_path), str(kill_at)], env=environment,

@@ -126,6 +126,8 @@ def merge_with_trace(
     """`merge`, and who merged with whom. Order: tokens left over by falling similarity, then odd tokens in place."""
     dtype = x.dtype
     grid = dtype if faithful_dtype else jnp.dtype(jnp.float32)
+    # What made `x` stays out of the one-hot product: XLA's Triton code for GPUs (JAX 0.11.2) aborts on both together.
+    x = jax.lax.optimization_barrier(x)
     sizes: jax.Array | None = None  # None: every token is one patch
     steps: list[Match] = []
     for num_merged in merge_schedule(x.shape[1], num_tokens):
