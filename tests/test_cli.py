@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import pytest
 
+from hico_jax import __main__ as entry
 from hico_jax import cli
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -243,3 +244,19 @@ def test_exit_codes_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     codes = [cli.OK, cli.BROKEN, cli.MISUSED, cli.INTERRUPTED, cli.PIPE_CLOSED]
     assert [c for c in codes if f"\n  {c} " not in text] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc reads GLIBC_TUNABLES")
+@pytest.mark.parametrize(("command", "tuned", "again"), [("train", None, 1), ("train", "", 0), ("models", None, 0)])
+def test_what_trains_starts_over_once_with_larger_pages(
+    command: str, tuned: str | None, again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[dict[str, str]] = []
+    monkeypatch.setattr(sys, "argv", ["hico", command])
+    monkeypatch.setattr(os, "execve", lambda _path, _argv, environment: started.append(environment))
+    monkeypatch.setattr(entry, "main", lambda: 0)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if tuned is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", tuned)
+    assert entry.run() == 0
+    assert [e["GLIBC_TUNABLES"] for e in started] == [entry.HUGE_PAGES] * again

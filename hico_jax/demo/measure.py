@@ -171,14 +171,7 @@ def compression(out: pathlib.Path, plan: Plan, seed: int) -> dict[str, Any]:
     """Tokens, seconds and accuracy with both halves of the compression on and off, on the same films."""
     v = viewer(out, plan)
     films_ = prepare(v, out / "films", plan.compare_s, plan.compare_films, seed + SEEDS["compression"])
-    schedules = (
-        DropSchedule(),
-        DropSchedule("attention", (2,), (1.0, 0.5)),
-        DropSchedule("uniform", (2,), (1.0, 0.5)),
-        DropSchedule("attention", (2,), (1.0, 0.1)),
-        DropSchedule("uniform", (2,), (1.0, 0.1)),
-        DropSchedule("uniform", (2,), (1.0, 0.0)),
-    )
+    schedules = (DropSchedule(), *(DropSchedule(kind, (2,), (1.0, share)) for kind, share in plan.drops))
     video_level = [
         measured(with_model(v, ask.with_drop(v.model, s)), films_, name=spelled(s), kept=s.ratios[-1])
         for s in schedules

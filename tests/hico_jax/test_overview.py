@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from configs import finetune_lora, stage3_sft
+from data_pipeline.world import make
 from hico_jax import config, overview, train
 from hico_jax.models import layers
 from hico_jax.parallel.mesh import MeshConfig, make_mesh
@@ -43,4 +44,17 @@ def test_the_flag_prints_and_stops(tmp_path: pathlib.Path, capsys: pytest.Captur
     said = capsys.readouterr().out
     assert "bytes/device" in said
     assert "TFLOP" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_compiling_alone_writes_no_run(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = make.make_world(tmp_path / "world", preset="tiny", seed=0)
+    assert made["items"]
+    argv = [
+        f"--config={ROOT}/configs/debug_tiny.py", f"--config.workdir={tmp_path / 'run'}", "--compile_only",
+        f"--config.data.annotations={tmp_path / 'world' / 'short.yaml'}",
+        f"--config.data.tokenizer={tmp_path / 'world'}"
+    ]  # fmt: skip
+    assert train.main(argv) == 0
+    assert "compiled in" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -87,3 +88,16 @@ def test_a_stage_that_ends_before_the_plug_is_pulled(tmp_path: pathlib.Path) -> 
     with pytest.raises(RuntimeError, match="exit code 0 before step 5"):
         training.kill([sys.executable, "-c", "", "train"], tmp_path / "none", 5, tmp_path / "killed.jsonl")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_programs_are_compiled_ahead_one_after_the_other_until_training_ends(tmp_path: pathlib.Path) -> None:
+    script = "import sys, time; open(sys.argv[1], 'w').write(sys.argv[3]); time.sleep(int(sys.argv[2]))"
+    waits = {"a": "0", "b": "600", "c": "0"}
+    commands = [[sys.executable, "-c", script, str(tmp_path / name), wait] for name, wait in waits.items()]
+    with training.compiled_ahead(commands):
+        began = time.monotonic()
+        while not (tmp_path / "b").exists():
+            assert time.monotonic() - began < 60
+            time.sleep(0.02)
+    assert (tmp_path / "a").read_text() == "--compile_only"
+    assert not (tmp_path / "c").exists()  # the second was still at it, and is stopped
