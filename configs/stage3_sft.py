@@ -6,7 +6,7 @@ Run:    hico train --config=configs/stage3_sft.py:umt_qwen2_7b --config.workdir=
             --config.init.parent=runs/stage2 --config.data.annotations=stage3.yaml --config.data.tokenizer=QWEN
 Laptop: hico train --config=configs/stage3_sft.py:nano --config.workdir=runs/nano3 \
             --config.init.parent=runs/nano2 --config.data.annotations=world/short.yaml --config.data.tokenizer=world
-Expect: nano's loss is near 0.06 after its 300 steps, two to three minutes on two cores.
+Expect: nano's loss is near 0.06 after its 300 steps, three minutes on two cores.
 
 After the colon: rates=applied (every part at 1e-5, as the released weights had) or rates=intended (tower 2e-6).
 """
