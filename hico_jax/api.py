@@ -11,7 +11,7 @@
     print(model.ask(None, "Describe both.", images=["a.jpg", "b.jpg"]).text)
     print(model.count_tokens("How long is this?"), film.num_clips * model.geometry.tokens_per_clip)
 
-In: a folder of released weights, an exported one, or the workdir of a run. Out: answers, token ids, logits.
+In: a folder of released weights, an exported or a converted one, or the workdir of a run. Out: answers, token ids, logits.
 Next: hico_jax/film.py
 """
 
@@ -72,7 +72,7 @@ def load(
         raise ValueError(f"dtype is {dtype!r}; it must be 'float32', 'bfloat16' or None")
     folder = pathlib.Path(folder)
     raw = released.read_config(folder)
-    if "model_type" in raw:
+    if released.holds_weights(raw):
         model = released.load(folder, dtype=dtype, activations=dtype, mesh=mesh).model
         tokenizer_folder = folder
     else:
@@ -83,7 +83,7 @@ def load(
         model = _reshaped(
             model, compressor=dataclasses.replace(model.config.compressor, tokens_per_frame=tokens_per_frame)
         )
-    return Model(model, tokenizer_folder, eos=_eos(folder, raw))
+    return Model(model, tokenizer_folder, eos=_eos(folder, raw.get("released", raw)))
 
 
 class Model:

@@ -167,6 +167,11 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     return raw
 
 
+def holds_weights(raw: Mapping[str, Any]) -> bool:
+    """Whether this `config.json` is of weights, in the reference's layout or in ours; else it is of a run."""
+    return "model_type" in raw or native.is_native(raw)
+
+
 def rules(config: HiCoConfig) -> tuple[Rule, ...]:
     """The whole model's table: tower, projector, language model."""
     return (

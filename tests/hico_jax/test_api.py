@@ -17,6 +17,7 @@ from hico_jax.convert.export import export
 from hico_jax.generate import GenerationConfig
 from hico_jax.models.hico import HiCo
 from tests import golden_rows
+from tests.golden_rows import close
 
 SLOW = pytest.mark.slow
 FAST = ("umt224_text_only_dummy_image_eval", "internvideo2_video_eval")
@@ -35,11 +36,6 @@ INTERNVL = (
         "full_r16_video_rope_dynamic_beyond",
     )),
 )  # fmt: skip
-
-
-def close(got: np.ndarray, expected: np.ndarray) -> None:
-    assert got.shape == expected.shape
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.parity
@@ -85,16 +81,10 @@ def test_recorded_internvl_models(golden: Any, name: str, tmp_path: pathlib.Path
     (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(raw))
     model = hico_jax.load(folder, dtype="float32")
-    video = golden.tensors("pixels.safetensors")["video224"].reshape(-1, 3, 224, 224)
-    pixels, first = golden_rows.canvas_pixels(config["pixels"], video), 0
-    for row, count in enumerate(config["frames_per_row"]):
+    for row in range(len(config["frames_per_row"])):
         real = tensors["attention_mask"][row].astype(bool)
-        ids = tensors["input_ids"][row][real]
-        context = ids == config["img_context_token_id"]
-        starts = context & ~np.append(False, context[:-1])  # a frame's run of tokens becomes one placeholder
-        ids = np.where(starts, -200, ids)[~context | starts]
-        visuals = [(pixels[first : first + count], "video", None)] if count else []
-        first += count
+        ids, _, pixels = golden_rows.internvl_row(golden, name, row)
+        visuals = [(pixels, "video", None)] if len(pixels) else []
         logits = model.logits(ids, visuals)
         for key in ("logits", "logits_tail"):
             if key in tensors:
