@@ -15,7 +15,6 @@ from hico_jax import checkpoint
 from hico_jax.batch import Batch, Geometry
 from hico_jax.convert import load
 
-
 ERRORS: dict[str, float] = {}  # the largest of each test that compared something; `pytest -v` prints them
 
 

@@ -1,4 +1,4 @@
-"""Whole models against the recorded reference, with every gradient; pixels to floats bit for bit; eight devices against one.
+"""Whole models and their gradients against the recorded reference; pixels to floats bit for bit; eight devices.
 
 The two recorded cases of `frame_anyres` are left out: frames are never tiled here, as the released model's own code
 raises when they are.
@@ -213,9 +213,7 @@ def same_labels(stream: decoder.Stream, expected: np.ndarray) -> None:
 @pytest.mark.parity
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INTERNVL_TRAINED)
-def test_internvl_training_equals_the_reference(
-    golden: Any, load_model: Callable[[str], hico.HiCo], name: str
-) -> None:
+def test_internvl_training_equals_the_reference(golden: Any, load_model: Callable[[str], hico.HiCo], name: str) -> None:
     """Loss and the gradient of every parameter; the tower in eval mode, as recorded."""
     case = golden.case("I_internvl_hico", name)
     config, tensors, model = case["config"], golden.tensors(case["file"]), load_model(case["config"]["checkpoint"])
