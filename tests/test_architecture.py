@@ -55,7 +55,7 @@ RULES: dict[str, tuple[str, ...]] = {
     ),
     "hico_jax.convert": (
         *_CONTRACT, "hico_jax.config", "hico_jax.registry", "hico_jax.models", "hico_jax.parallel.sharding",
-        "hico_jax.checkpoint",
+        "hico_jax.checkpoint", "hico_jax.lora",
     ),
     "hico_jax.convert.command": ("hico_jax", "data_pipeline"),
     "hico_jax.generate": (*_CONTRACT, "hico_jax.models", "hico_jax.parallel"),
