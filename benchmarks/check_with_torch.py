@@ -1,4 +1,4 @@
-"""Does what we export run in PyTorch? Stock `transformers` for the language model, a restatement for the tower.
+"""Does what we export run in PyTorch? Stock `transformers` for the language models, restatements for the towers.
 
 PyTorch is no requirement of this package; run this with an environment of its own that has `torch`, `transformers`
 and `safetensors`, on what our own environment wrote:
@@ -19,6 +19,13 @@ from typing import Any
 
 import numpy as np
 
+# tower -> its key in our registry, and the clips it is shown: clips, frames, height, width
+TOWERS: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
+    "umt": ("umt", {"clips": (2, 4, 32, 32), "image": (1, 1, 32, 32)}),
+    "internvideo2": ("internvideo2", {"clips": (2, 4, 28, 28), "image": (1, 1, 28, 28)}),
+    "internvit": ("internvit", {"clips": (1, 4, 56, 56), "larger": (1, 2, 84, 112)}),
+}
+
 
 def write(folder: pathlib.Path) -> None:
     """Export small models with random weights, and record what they compute."""
@@ -34,26 +41,42 @@ def write(folder: pathlib.Path) -> None:
 
     jax.config.update("jax_default_matmul_precision", "highest")
     folder.mkdir(parents=True, exist_ok=True)
-    config = registry.model_config("tiny")
-    rng = np.random.default_rng(0)
+    config, rng = registry.model_config("tiny"), np.random.default_rng(0)
     numbers: dict[str, np.ndarray] = {}
-    for name, changes in {
-        "plain": {"tied": False, "norm_eps": 1e-5, "rope_theta": 1e7},
-        "tied": {},
-        "yarn": {"rope_kind": "yarn", "rope_factor": 4.0, "rope_original": 64, "tied": False},
-    }.items():
-        llm = dataclasses.replace(config.llm, max_positions=256 if name == "yarn" else 32768, **changes)
-        whole = dataclasses.replace(config, llm=llm)
-        graph, state = nnx.split(nnx.eval_shape(lambda whole=whole: whole.build(rngs=nnx.Rngs(0))))
+
+    def filled(config: Any, name: str, *, language_only: bool) -> Any:
+        """The model with random weights, exported."""
+        graph, state = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
         state = jax.tree.map(lambda p: jnp.asarray(rng.normal(0, 0.2, p.shape), jnp.float32), state)
-        model = nnx.merge(graph, state)
-        write_released(whole, load.by_path(state), folder / name, language_only=True, overwrite=True)
+        write_released(config, load.by_path(state), folder / name, language_only=language_only, overwrite=True)
+        return nnx.merge(graph, state)
+
+    internlm2 = registry.LLM["internlm2"].VARIANTS["tiny"]
+    for name, llm in {
+        "plain": dataclasses.replace(config.llm, tied=False, norm_eps=1e-5, rope_theta=1e7),
+        "tied": config.llm,
+        "yarn": dataclasses.replace(
+            config.llm, rope_kind="yarn", rope_factor=4.0, rope_original=64, tied=False, max_positions=256
+        ),
+        "internlm2": internlm2,
+    }.items():
+        whole = dataclasses.replace(config, llm=llm)
+        if llm is internlm2:
+            whole = dataclasses.replace(
+                whole, vision=registry.VISION["internvit"].VARIANTS["tiny"], projector="norm_mlp"
+            )
         ids = rng.integers(3, 64, 40)
+        model = filled(whole, name, language_only=True)
         numbers[f"{name}.ids"], numbers[f"{name}.logits"] = ids, api.Model(model).logits(ids)
-        if name == "plain":
-            pixels = rng.normal(size=(2, 4, 32, 32, 3)).astype(np.float32)
-            numbers["tower.pixels"], numbers["tower.out"] = pixels, np.asarray(model.vision(jnp.asarray(pixels)))
-            write_released(whole, load.by_path(state), folder / "whole", overwrite=True)
+    for name, (tower, cases) in TOWERS.items():
+        whole = dataclasses.replace(config, vision=registry.VISION[tower].VARIANTS["tiny"])
+        if tower == "internvit":
+            whole = dataclasses.replace(whole, llm=internlm2, projector="norm_mlp")
+        model = filled(whole, name, language_only=False)
+        for case, shape in cases.items():
+            pixels = rng.normal(size=(*shape, 3)).astype(np.float32)
+            numbers[f"{name}.{case}.pixels"] = pixels
+            numbers[f"{name}.{case}.out"] = np.asarray(model.vision(jnp.asarray(pixels)))
     np.savez(folder / "numbers.npz", **numbers)  # type: ignore[arg-type]
 
 
@@ -78,18 +101,119 @@ def check(folder: pathlib.Path) -> None:
             raise SystemExit(f"{name}: {wrong}")
         ids = torch.tensor(numbers[f"{name}.ids"])[None]
         compare(name, model.eval()(ids).logits[0], numbers[f"{name}.logits"])
-    compare("tower", umt(torch, folder / "whole", numbers["tower.pixels"]), numbers["tower.out"])
+    model = as_llama(torch, transformers, folder / "internlm2")
+    compare("internlm2", model(torch.tensor(numbers["internlm2.ids"])[None]).logits[0], numbers["internlm2.logits"])
+    restated = {"umt": umt, "internvideo2": internvideo2, "internvit": internvit}
+    for name, (_, cases) in TOWERS.items():
+        for case in cases:
+            made = restated[name](torch, folder / name, numbers[f"{name}.{case}.pixels"])
+            compare(f"{name} {case}", made, numbers[f"{name}.{case}.out"])
     print(json.dumps(worst, indent=1))
     if max(worst.values()) > 1e-4:
         raise SystemExit("differs")
 
 
+def tensors_of(folder: pathlib.Path, root: str = "") -> dict[str, Any]:
+    """The exported tensors whose names begin with `root`, without it."""
+    found = importlib.import_module("safetensors.torch").load_file(folder / "model.safetensors")
+    return {key.removeprefix(root): value for key, value in found.items() if key.startswith(root)}
+
+
+def as_llama(torch: Any, transformers: Any, folder: pathlib.Path) -> Any:
+    """InternLM2, which `transformers` does not have, as the Llama that it is once its fused matrix is taken apart."""
+    told, weights = json.loads((folder / "config.json").read_text()), tensors_of(folder)
+    config = transformers.LlamaConfig(
+        attention_bias=False, mlp_bias=False, attn_implementation="eager",
+        **{key: told[key] for key in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "rms_norm_eps", "rope_theta", "max_position_embeddings", "tie_word_embeddings",
+        )},
+    )  # fmt: skip
+    group = told["num_attention_heads"] // told["num_key_value_heads"]
+    width = told["hidden_size"] // told["num_attention_heads"]
+    state = {
+        "model.embed_tokens.weight": weights["model.tok_embeddings.weight"],
+        "model.norm.weight": weights["model.norm.weight"],
+        "lm_head.weight": weights.get("output.weight", weights["model.tok_embeddings.weight"]),
+    }
+    for i in range(told["num_hidden_layers"]):
+        theirs, llama = f"model.layers.{i}", f"model.layers.{i}.self_attn"
+        fused = weights[f"{theirs}.attention.wqkv.weight"].reshape(-1, group + 2, width, told["hidden_size"])
+        for name, rows in (("q", fused[:, :group]), ("k", fused[:, group]), ("v", fused[:, group + 1])):
+            state[f"{llama}.{name}_proj.weight"] = rows.reshape(-1, told["hidden_size"])
+        state[f"{llama}.o_proj.weight"] = weights[f"{theirs}.attention.wo.weight"]
+        for name, other in (
+            ("mlp.gate_proj", "feed_forward.w1"), ("mlp.up_proj", "feed_forward.w3"),
+            ("mlp.down_proj", "feed_forward.w2"),
+            ("input_layernorm", "attention_norm"), ("post_attention_layernorm", "ffn_norm"),
+        ):  # fmt: skip
+            state[f"{theirs}.{name}.weight"] = weights[f"{theirs}.{other}.weight"]
+    model = transformers.LlamaForCausalLM(config).to(torch.float32).eval()
+    model.load_state_dict(state)
+    return model
+
+
+def rms(torch: Any, x: Any, weight: Any) -> Any:
+    """x over the root of its mean square, times a weight."""
+    return x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+
+
+def heads_of(x: Any, count: int) -> Any:
+    """[B N C] as [B heads N C/heads]."""
+    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+
+
+def internvideo2(torch: Any, folder: pathlib.Path, pixels: np.ndarray) -> Any:
+    """The InternVideo2 tower from the specification and the exported names alone."""
+    functional, weights = torch.nn.functional, tensors_of(folder, "model.vision_tower.vision_tower.")
+    x = torch.tensor(pixels).permute(0, 4, 1, 2, 3)
+    x = functional.conv3d(x, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=(1, 14, 14))
+    x = torch.cat([weights["cls_token"].expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
+    x = x + weights["img_pos_embed" if pixels.shape[1] == 1 else "pos_embed"]
+    for i in range(2):
+        w = {key.removeprefix(f"blocks.{i}."): v for key, v in weights.items() if key.startswith(f"blocks.{i}.")}
+        q, k, v = (rms(torch, x, w["norm1.weight"]) @ w["attn.qkv.weight"].T).chunk(3, -1)
+        q, k = rms(torch, q, w["attn.q_norm.weight"]), rms(torch, k, w["attn.k_norm.weight"])
+        scores = heads_of(q, 2) @ heads_of(k, 2).transpose(-1, -2) / (q.shape[-1] / 2) ** 0.5
+        seen = (scores.softmax(-1) @ heads_of(v, 2)).transpose(1, 2).flatten(2)
+        x = x + functional.linear(seen, w["attn.proj.weight"], w["attn.proj.bias"]) * w["ls1.weight"]
+        up = functional.linear(rms(torch, x, w["norm2.weight"]), w["mlp.fc1.weight"], w["mlp.fc1.bias"])
+        x = x + functional.linear(functional.gelu(up), w["mlp.fc2.weight"], w["mlp.fc2.bias"]) * w["ls2.weight"]
+    return x[:, 1:]
+
+
+def internvit(torch: Any, folder: pathlib.Path, pixels: np.ndarray) -> Any:
+    """InternViT and its pixel shuffle, from the specification and the exported names alone."""
+    functional, weights = torch.nn.functional, tensors_of(folder, "vision_model.")
+    x = torch.tensor(pixels).flatten(0, 1).permute(0, 3, 1, 2)
+    patch = "embeddings.patch_embedding"
+    x = functional.conv2d(x, weights[f"{patch}.weight"], weights[f"{patch}.bias"], stride=14)
+    table, size = weights["embeddings.position_embedding"], x.shape[2:]
+    side = round((table.shape[1] - 1) ** 0.5)
+    places = table[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    places = functional.interpolate(places, size=size, mode="bicubic", align_corners=False)
+    x = (x + places).flatten(2).transpose(1, 2)
+    cls = weights["embeddings.class_embedding"] + table[:, :1]
+    x = torch.cat([cls.expand(len(x), -1, -1), x], 1)
+    for i in range(2):
+        root = f"encoder.layers.{i}."
+        w = {key.removeprefix(root): v for key, v in weights.items() if key.startswith(root)}
+        normed = functional.layer_norm(x, x.shape[-1:], w["norm1.weight"], w["norm1.bias"], 1e-6)
+        qkv = functional.linear(normed, w["attn.qkv.weight"], w["attn.qkv.bias"])
+        q, k, v = (heads_of(part, 2) for part in qkv.chunk(3, -1))
+        seen = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + w["ls1"] * functional.linear(seen, w["attn.proj.weight"], w["attn.proj.bias"])
+        normed = functional.layer_norm(x, x.shape[-1:], w["norm2.weight"], w["norm2.bias"], 1e-6)
+        up = functional.gelu(functional.linear(normed, w["mlp.fc1.weight"], w["mlp.fc1.bias"]))
+        x = x + w["ls2"] * functional.linear(up, w["mlp.fc2.weight"], w["mlp.fc2.bias"])
+    x = x[:, 1:].unflatten(1, size)
+    squares = [x[:, down::2, across::2] for down in (0, 1) for across in (0, 1)]
+    return torch.cat(squares, -1).reshape(len(pixels), -1, 4 * x.shape[-1])
+
+
 def umt(torch: Any, folder: pathlib.Path, pixels: np.ndarray) -> Any:
     """The UMT tower, said again in PyTorch from the specification and the exported names alone."""
-    functional = torch.nn.functional
-    tensors = importlib.import_module("safetensors.torch").load_file(folder / "model.safetensors")
-    root = "model.vision_tower.vision_tower.encoder."
-    weights = {key.removeprefix(root): value for key, value in tensors.items() if key.startswith(root)}
+    functional, weights = torch.nn.functional, tensors_of(folder, "model.vision_tower.vision_tower.encoder.")
     x = torch.tensor(pixels).permute(0, 4, 1, 2, 3)  # B 3 T H W
     x = functional.conv3d(x, weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"], stride=(1, 16, 16))
     x = x.flatten(2).transpose(1, 2)

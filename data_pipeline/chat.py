@@ -34,6 +34,11 @@ _INTERNVL = (
 TEMPLATES = {
     "qwen_2": Template("You are a helpful assistant."),
     "internvl2_5": Template(_INTERNVL, media=f"<img>{IMAGE_TEXT}</img>"),
+    "internlm2-chat": Template(  # of earlier InternVL models
+        "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。",
+        end="<|im_end|>",
+        media=f"<img>{IMAGE_TEXT}</img>",
+    ),
 }
 TRAIN_TEMPLATES = ("qwen_2", "plain")
 

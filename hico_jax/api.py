@@ -8,10 +8,11 @@
     talk = model.chat(film)
     print(talk.say("Who is there?").text)
     print(talk.say("When do they leave?").text)
+    print(talk.say("Is it the man in this picture?", images=["a.jpg"]).text)
     print(model.ask(None, "Describe both.", images=["a.jpg", "b.jpg"]).text)
     print(model.count_tokens("How long is this?"), film.num_clips * model.geometry.tokens_per_clip)
 
-In: a folder of released weights, an exported one, or the workdir of a run. Out: answers, token ids, logits.
+In: a folder of released, exported or converted weights, or the workdir of a run. Out: answers, token ids, logits.
 Next: hico_jax/film.py
 """
 
@@ -22,6 +23,7 @@ import functools
 import json
 import os
 import pathlib
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +34,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from data_pipeline import chat, image, layout
+from data_pipeline.frames import time_message
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from hico_jax import ask, film, generate
 from hico_jax.batch import Batch, DropSchedule
@@ -72,7 +75,7 @@ def load(
         raise ValueError(f"dtype is {dtype!r}; it must be 'float32', 'bfloat16' or None")
     folder = pathlib.Path(folder)
     raw = released.read_config(folder)
-    if "model_type" in raw:
+    if released.holds_weights(raw):
         model = released.load(folder, dtype=dtype, activations=dtype, mesh=mesh).model
         tokenizer_folder = folder
     else:
@@ -83,7 +86,7 @@ def load(
         model = _reshaped(
             model, compressor=dataclasses.replace(model.config.compressor, tokens_per_frame=tokens_per_frame)
         )
-    return Model(model, tokenizer_folder, eos=_eos(folder, raw))
+    return Model(model, tokenizer_folder, eos=_eos(folder, raw.get("released", raw)))
 
 
 class Model:
@@ -129,37 +132,45 @@ class Model:
             viewer = Viewer(self.hico, self.tokenizer, sampling=ask.whole_clips(sampling, self.hico))
         return viewer.watch(path, start=start, end=end, reader=reader)
 
+    def look(self, images: Sequence[str | os.PathLike[str] | Image.Image]) -> Pictures:
+        """Encode images once, as `watch` does a film; ask about them as often as you like.
+
+        One image is cut into tiles, several are padded to squares, as in training.
+
+        Raises:
+          ValueError: a model that has never seen an image.
+        """
+        seen = self.see_images(images)
+        tiles = np.concatenate([np.moveaxis(pixels, 1, -1) for pixels, _, _ in seen])
+        return Pictures(tuple(self._describe(one) for one in seen), _in_chunks(self.hico, tiles, "images"))
+
     def ask(
         self,
-        seen: Film | str | os.PathLike[str] | None,
+        seen: Film | Pictures | str | os.PathLike[str] | None,
         question: str,
         *,
         images: Sequence[str | os.PathLike[str] | Image.Image] = (),
-        history: Sequence[Mapping[str, str]] = (),
+        history: Sequence[Mapping[str, Any]] = (),
         settings: GenerationConfig | None = None,
     ) -> Answer:
-        """Answer a question about a film, about images, or about nothing.
+        """Answer a question about a film, about images, about both, or about nothing.
 
-        One image is cut into tiles, several are padded to squares, as in training. `history` holds earlier turns.
+        `history` holds earlier turns as role and content; what is seen belongs to the first turn, and a later one may
+        bring more under `seen` (a tuple of what `watch` and `look` give).
 
         Raises:
-          ValueError: film and images together, or images for a model that has never seen one.
+          ValueError: images for a model that has never seen one.
         """
+        turns = [dict(turn) for turn in (*history, {"role": "user", "content": question})]
         seen = self.watch(seen) if isinstance(seen, str | os.PathLike) else seen
-        if not images:
-            return self.viewer.ask(seen, question, history=history, config=settings)
-        if seen is not None:
-            raise ValueError("a question is about a film or about images, not both; ask twice")
-        turns = [*history, {"role": "user", "content": question}]
-        first = chat.first_question(turns[0]["content"], placeholders=len(images))
-        ids = chat.prompt_ids(self.tokenizer, [{"role": "user", "content": first}, *turns[1:]])
-        settings = settings or GenerationConfig(eos=self.tokenizer.eos_ids)
-        return self._answer(ids, self.see_images(images), settings)
+        first = (*(() if seen is None else (seen,)), *((self.look(images),) if images else ()))
+        turns[0]["seen"] = (*first, *turns[0].get("seen", ()))
+        return self._reply(turns, settings)
 
     def chat(
-        self, seen: Film | str | os.PathLike[str] | None = None, *, settings: GenerationConfig | None = None
+        self, seen: Film | Pictures | str | os.PathLike[str] | None = None, *, settings: GenerationConfig | None = None
     ) -> Chat:
-        """A talk of several turns; the film is encoded once."""
+        """A talk of several turns; what is seen is encoded once, and every turn may bring images."""
         seen = self.watch(seen) if isinstance(seen, str | os.PathLike) else seen
         return Chat(self, seen, settings)
 
@@ -214,14 +225,46 @@ class Model:
             made = generate.generate(model, self._prompt(model, ids, visuals), config)
         return made.ids[0, : made.lengths[0]].tolist()
 
-    def _answer(self, ids: Sequence[int], visuals: Sequence[Seen], settings: GenerationConfig) -> Answer:
-        batch, visual = self._prompt(self.hico, ids, visuals)
+    def _reply(self, turns: Sequence[Mapping[str, Any]], settings: GenerationConfig | None) -> Answer:
+        """The answer to the last turn, each turn with what it brings under `seen`."""
+        settings = settings or GenerationConfig(eos=self.tokenizer.eos_ids)
+        brought = [turn.get("seen", ()) for turn in turns]
+        told = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+        if not any(brought[1:]) and all(isinstance(one, Film) for one in brought[0]) and len(brought[0]) < 2:
+            film = brought[0][0] if brought[0] else None  # of one size for many questions
+            return self.viewer.ask(film, told[-1]["content"], history=told[:-1], config=settings)
+        if self.hico.config.projector == "norm_mlp":
+            raise ValueError("the InternVL HiCo models take one film in the first turn; ask about each film alone")
+        for turn, media in zip(told, brought, strict=True):
+            if media:
+                times = [time_message(f.duration_s, f.indices, f.fps) for f in media if isinstance(f, Film)]
+                count = sum(1 if isinstance(one, Film) else len(one.visuals) for one in media)
+                turn["content"] = chat.first_question(turn["content"], " ".join(map(str.strip, times)), count)
+        ids = chat.prompt_ids(self.tokenizer, told)
+        batch, visual = self._seen([one for media in brought for one in media], ids)
+        began = time.perf_counter()
         made = generate.generate(self.hico, (batch, visual), settings)
+        seconds = time.perf_counter() - began
         said = made.ids[0, : made.lengths[0]].tolist()
         count = int((np.asarray(batch.slots) >= 0).sum())
         text = chat.clean_answer(self.tokenizer, said)
         tokens = int((np.asarray(batch.segments) > 0).sum())
-        return Answer(text, tuple(said), tokens, count, self.geometry.drop.kept(count), 0.0)
+        return Answer(text, tuple(said), tokens, count, self.geometry.drop.kept(count), seconds)
+
+    def _seen(self, media: Sequence[Film | Pictures], ids: Sequence[int]) -> tuple[Batch, Float[Array, "1 S D"]]:
+        """The row of a talk, and the visual tokens of everything seen in it: films first, then pictures."""
+        films = [one for one in media if isinstance(one, Film)]
+        visuals = [
+            v
+            for one in media
+            for v in ([layout.Visual(num_clips=one.num_clips)] if isinstance(one, Film) else one.visuals)
+        ]
+        parts = [f.visual[:, : f.num_clips * self.geometry.tokens_per_clip] for f in films]
+        parts += [one.visual for one in media if isinstance(one, Pictures)]
+        row = layout.row(ids, None, visuals, self.geometry)
+        length = min(-(-len(row) // PAD) * PAD, self.geometry.max_length)
+        batch = layout.collate([row], self.geometry, length, training=False, pixels=False, drop_multiple=32)
+        return batch, jnp.concatenate(parts, axis=1)
 
     def _compressing(self, compress: Compress | None) -> HiCo:
         if compress is None:
@@ -274,17 +317,31 @@ class Model:
         return layout.Visual.picture(len(pixels), (down, across))
 
 
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """Images that were looked at: where their tokens stand, and the tokens on the device."""
+
+    visuals: tuple[layout.Visual, ...]
+    visual: Float[Array, "1 S D"]
+
+
 class Chat:
-    """Several turns about one film. A question that fails leaves the talk as it was."""
+    """Several turns about what is seen. A question that fails leaves the talk as it was."""
 
-    def __init__(self, model: Model, seen: Film | None, settings: GenerationConfig | None = None) -> None:
+    def __init__(self, model: Model, seen: Film | Pictures | None, settings: GenerationConfig | None = None) -> None:
         self.model, self.seen, self.settings = model, seen, settings
-        self.history: list[dict[str, str]] = []
+        self.history: list[dict[str, Any]] = []
 
-    def say(self, question: str) -> Answer:
-        """The next turn's answer."""
-        answer = self.model.ask(self.seen, question, history=self.history, settings=self.settings)
-        self.history += [{"role": "user", "content": question}, {"role": "assistant", "content": answer.text}]
+    def say(self, question: str, *, images: Sequence[str | os.PathLike[str] | Image.Image] = ()) -> Answer:
+        """The next turn's answer; `images` join the talk in this turn."""
+        turn: dict[str, Any] = {"role": "user", "content": question}
+        if images:
+            turn["seen"] = (self.model.look(images),)
+        turns = [dict(told) for told in (*self.history, turn)]
+        if self.seen is not None:
+            turns[0]["seen"] = (self.seen, *turns[0].get("seen", ()))
+        answer = self.model._reply(turns, self.settings)
+        self.history += [turn, {"role": "assistant", "content": answer.text}]
         return answer
 
 

@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def load_model(folder: str | os.PathLike[str]) -> tuple[HiCo, pathlib.Path]:
-    """A model and where its tokenizer is: from released or exported weights, or from the workdir of a training run.
+    """A model and where its tokenizer is: from released, exported or converted weights, or from the workdir of a run.
 
     Raises:
       ValueError: the folder is neither, or its weights do not fit.
@@ -93,7 +93,7 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[HiCo, pathlib.Path]:
     path = folder / load.CONFIG
     if not path.is_file():
         raise ValueError(f"{folder} holds no {load.CONFIG}; give a folder of released weights, or the workdir of a run")
-    if "model_type" in json.loads(path.read_text()):
+    if load.holds_weights(load.read_config(folder)):
         return load.load(folder).model, folder
     experiment = config.from_json(path.read_text())
     graph, state = nnx.split(nnx.eval_shape(lambda: experiment.model.build(rngs=nnx.Rngs(params=0))))

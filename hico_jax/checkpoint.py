@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -127,6 +127,38 @@ def load_params(workdir: str, params: Any) -> Restored:
     return _newest(epath.Path(workdir).absolute() / FOLDER, steps, params, None)
 
 
+class Stored:
+    """The parameters of one committed checkpoint: on disk, and one at a time in memory."""
+
+    def __init__(self, folder: epath.Path) -> None:
+        self.folder, self.meta = folder, _read_meta(folder)
+        first = f"{PARAMS}/"
+        self.arrays = {n.removeprefix(first): a for n, a in self.meta["arrays"].items() if n.startswith(first)}
+
+    def read(self, *names: str) -> dict[str, np.ndarray]:
+        """Some of them by slash path, on the host, whatever mesh wrote them.
+
+        Raises:
+          DamagedError: one cannot be read, or is not what was written.
+        """
+        wanted = nest(dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray)))
+        args = ocp.args.PyTreeRestore(nest(dict.fromkeys(names, 0)), restore_args=wanted, partial_restore=True)
+        found = flatten(_read(self.folder, PARAMS, args))
+        for name, told in manifest(found).items():
+            if self.arrays[name]["digest"] != told["digest"]:
+                raise DamagedError(f"{self.folder} is damaged: {PARAMS}/{name} is not what was written")
+        return found
+
+
+def stored(workdir: str) -> Iterator[Stored]:
+    """A run's checkpoints, newest first; those whose JSON is damaged are passed over."""
+    for step in sorted(_committed(workdir), reverse=True):
+        try:
+            yield Stored(epath.Path(workdir).absolute() / FOLDER / str(step))
+        except DamagedError as error:
+            logging.warning("%s; trying the checkpoint before it", error)
+
+
 def read_meta(workdir: str) -> dict[str, Any]:
     """The JSON of a run's newest checkpoint whose JSON is sound: step, data position, configuration.
 
@@ -212,7 +244,9 @@ def _read_meta(folder: epath.Path) -> dict[str, Any]:
 
 
 def _read(folder: epath.Path, name: str, args: Any) -> Any:
-    handler = ocp.JsonCheckpointHandler() if name == META else ocp.StandardCheckpointHandler()
+    partly = isinstance(args, ocp.args.PyTreeRestore)
+    handler = ocp.PyTreeCheckpointHandler() if partly else ocp.StandardCheckpointHandler()
+    handler = ocp.JsonCheckpointHandler() if name == META else handler
     try:
         with ocp.Checkpointer(handler) as reader:
             return reader.restore(folder / name, args=args)

@@ -69,3 +69,13 @@ def videos() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip("sample clips are not beside this checkout (../shared/videos)")
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """With -v: how far each test that asks `golden_rows.close` was from the recorded numbers."""
+    from tests.golden_rows import ERRORS
+
+    if ERRORS and config.get_verbosity() > 0:
+        terminalreporter.section("largest error, relative to the largest recorded value")
+        for name, error in ERRORS.items():
+            terminalreporter.write_line(f"{error:.1e}  {name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +14,18 @@ from data_pipeline import layout
 from hico_jax import checkpoint
 from hico_jax.batch import Batch, Geometry
 from hico_jax.convert import load
+
+ERRORS: dict[str, float] = {}  # the largest of each test that compared something; `pytest -v` prints them
+
+
+def close(got: Any, expected: np.ndarray, most: float = 1e-4) -> None:
+    """Within `most` of the largest value; float32 and float64 of the reference differ by 1e-5 of it."""
+    got = np.asarray(got)
+    assert got.shape == expected.shape
+    error = float(np.abs(got - expected).max() / (np.abs(expected).max() or 1.0))
+    name = os.environ.get("PYTEST_CURRENT_TEST", "").split(" (")[0]
+    ERRORS[name] = max(error, ERRORS.get(name, 0.0))
+    assert error <= most, f"off by {error:.2e} of the largest value"
 
 
 def media_of(case: dict[str, Any], pixels: dict[str, np.ndarray]) -> list[tuple[str, Any, np.ndarray]]:
@@ -60,6 +73,38 @@ def batch_of(golden: Any, name: str, geometry: Geometry, **shape: Any) -> Batch:
     batch = layout.collate(rows_of(golden, name, geometry), geometry, **shape)
     values = {name: (getattr(batch, name).astype(np.float32) - 128) / 64 for name in ("clips", "images")}
     return dataclasses.replace(batch, **values)
+
+
+def internvl_row(golden: Any, name: str, b: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids, labels and pixels `[T 3 S S]` of a row of group I; a frame's run of context tokens is one placeholder."""
+    case = golden.case("I_internvl_hico", name)
+    config, tensors = case["config"], golden.tensors(case["file"])
+    real = tensors["attention_mask"][b].astype(bool)
+    ids = tensors["input_ids"][b][real]
+    labels = tensors["labels"][b][real] if "labels" in tensors else np.full(len(ids), -100)
+    context = ids == config["img_context_token_id"]
+    starts = context & ~np.append(False, context[:-1])
+    assert (labels[context] == -100).all()
+    kept = ~context | starts
+    video = golden.tensors("pixels.safetensors")["video224"].reshape(-1, 3, 224, 224)
+    first, count = sum(config["frames_per_row"][:b]), config["frames_per_row"][b]
+    pixels = canvas_pixels(config["pixels"], video)[first : first + count]
+    return np.where(starts, -200, ids)[kept], labels[kept], pixels
+
+
+def internvl_batch_of(golden: Any, name: str, geometry: Geometry) -> Batch:
+    """A recorded case of group I as one batch with its float pixels, smaller than the tower's own."""
+    rows, films = [], []
+    for b in range(len(golden.case("I_internvl_hico", name)["config"]["frames_per_row"])):
+        ids, labels, pixels = internvl_row(golden, name, b)
+        seen = [layout.Visual.film(len(pixels), geometry, parts=len(pixels))] if len(pixels) else []
+        rows.append(layout.row(ids, labels, seen, geometry))
+        films.append(np.moveaxis(pixels, 1, -1).reshape(-1, geometry.frames_per_clip, *pixels.shape[2:], 3))
+    clips = np.zeros((len(rows), max(map(len, films)), *films[0].shape[1:]), np.float32)
+    for b, film in enumerate(films):
+        clips[b, : len(film)] = film
+    images = np.zeros((len(rows), 0, *clips.shape[3:]), np.float32)
+    return dataclasses.replace(layout.collate(rows, geometry, pixels=False), clips=clips, images=images)
 
 
 def _visual(entry: tuple[str, Any, np.ndarray], geometry: Geometry) -> layout.Visual:

@@ -55,7 +55,7 @@ RULES: dict[str, tuple[str, ...]] = {
     ),
     "hico_jax.convert": (
         *_CONTRACT, "hico_jax.config", "hico_jax.registry", "hico_jax.models", "hico_jax.parallel.sharding",
-        "hico_jax.checkpoint",
+        "hico_jax.checkpoint", "hico_jax.lora",
     ),
     "hico_jax.convert.command": ("hico_jax", "data_pipeline"),
     "hico_jax.generate": (*_CONTRACT, "hico_jax.models", "hico_jax.parallel"),
@@ -126,6 +126,7 @@ TESTED_ELSEWHERE = {
     "hico_jax/step.py": "tests/hico_jax/test_train.py",
     "hico_jax/data.py": "tests/data_pipeline/test_check.py",
     "data_pipeline/prepare.py": "tests/data_pipeline/test_records.py",
+    "hico_jax/models/vision/patches.py": "tests/hico_jax/models/vision/test_umt.py",
     "hico_jax/report/style.py": "tests/hico_jax/report/test_page.py",
 }
 

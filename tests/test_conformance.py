@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -41,21 +42,52 @@ def tiny_with(part: str, arch: str) -> HiCoConfig:
     return dataclasses.replace(TINY, **{part: registry.PARTS[part][arch].VARIANTS["tiny"]})
 
 
-def build(config: HiCoConfig, seed: int = 0) -> Any:
-    return config.build(rngs=nnx.Rngs(seed))
+@functools.cache
+def abstract(config: HiCoConfig) -> Any:
+    """The model as shapes."""
+    return nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
 
 
-def hidden(model: Any, batch: Batch) -> jax.Array:
-    return jax.jit(lambda m, b: m(b).x)(model, batch)
+def filled(config: HiCoConfig) -> Any:
+    """The model with random numbers everywhere, layer scales and biases too: no initializer is compiled."""
+    graph, state = nnx.split(abstract(config))
+    rng = np.random.default_rng(0)
+    return nnx.merge(graph, jax.tree.map(lambda p: jnp.asarray(rng.normal(0, 0.2, p.shape), jnp.float32), state))
 
 
 # One model for each architecture; those that make the same model are tested together.
 TINIES = {tiny_with(part, arch): f"{part}-{arch}" for part, arch in PARTS}
 
 
+@dataclasses.dataclass
+class Seen:
+    """A tiny model, what it was shown, and what came of it on one device."""
+
+    config: HiCoConfig
+    model: Any
+    batch: Batch
+    hidden: np.ndarray
+    grads: Any
+
+
+hidden = jax.jit(lambda model, batch: model(batch).x)
+
+
+@jax.jit
+def learn(model: Any, batch: Batch) -> Any:
+    def loss(model: Any) -> Any:
+        x = model(batch).x
+        return jnp.square(x @ model.llm.unembed_weight()).mean(), x
+
+    return jax.grad(loss, has_aux=True)(model)
+
+
 @pytest.fixture(scope="module", params=list(TINIES), ids=list(TINIES.values()))
-def tiny(request: pytest.FixtureRequest) -> tuple[HiCoConfig, Any]:
-    return request.param, build(request.param)
+def seen(request: pytest.FixtureRequest) -> Seen:
+    """Everything below asks about this one computation, so that each model is compiled as seldom as can be."""
+    model, batch = filled(request.param), fake(request.param, rows=4, clips=1, images=1)
+    grads, x = learn(model, batch)
+    return Seen(request.param, model, batch, np.asarray(x), grads)
 
 
 def fake(config: HiCoConfig, **changes: Any) -> Batch:
@@ -72,8 +104,8 @@ def test_the_file_holds_what_an_architecture_must(part: str, arch: str) -> None:
 
 @pytest.mark.parametrize("name", list(registry.MODELS))
 def test_every_model_builds_abstractly_with_axes_that_have_rules(name: str) -> None:
-    config = registry.model_config(name)
-    model = nnx.eval_shape(lambda: build(config))
+    model = abstract(registry.model_config(name))
+    assert (name in SIZES) == bool(registry.MODELS[name].source)
     if name in SIZES:
         assert tuple(layers.num_params(p) for p in (model.vision, model.projector, model.llm)) == SIZES[name]
     variables = jax.tree.leaves(nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable))
@@ -86,7 +118,7 @@ def test_every_model_builds_abstractly_with_axes_that_have_rules(name: str) -> N
 @pytest.mark.parametrize("name", [n for n in registry.MODELS if n in SIZES])
 def test_a_full_size_forward_has_the_promised_shape(name: str) -> None:
     config = registry.model_config(name)
-    shapes = jax.eval_shape(lambda: build(config))
+    shapes = abstract(config)
     batch = fake(config, rows=1, clips=2, images=1)
     out = jax.eval_shape(lambda m, b: m(b).x, shapes, batch)
     geometry = config.geometry()
@@ -98,7 +130,7 @@ def test_a_full_size_forward_has_the_promised_shape(name: str) -> None:
 @pytest.mark.parametrize("name", list(registry.MODELS))
 def test_torch_names_cover_every_parameter_once(name: str) -> None:
     config = registry.model_config(name)
-    names = parameter_names(nnx.state(nnx.eval_shape(lambda: build(config))))
+    names = parameter_names(nnx.state(abstract(config)))
     rules = load.rules(config)
     paths = [r.path for r in rules]
     assert len(set(paths)) == len(paths)
@@ -106,54 +138,41 @@ def test_torch_names_cover_every_parameter_once(name: str) -> None:
     assert {r.path for r in rules if not r.optional} <= set(names)
 
 
-def test_it_gives_finite_states_of_the_promised_shape(tiny: tuple[HiCoConfig, Any]) -> None:
-    config, model = tiny
-    batch = fake(config, images=1)
-    out = hidden(model, batch)
-    assert out.shape == (*batch.shape, config.llm.embed_dim)
-    assert np.isfinite(out).all()
+def test_it_gives_finite_states_of_the_promised_shape(seen: Seen) -> None:
+    assert seen.hidden.shape == (*seen.batch.shape, seen.config.llm.embed_dim)
+    assert np.isfinite(seen.hidden).all()
 
 
-def test_gradients_are_finite_and_reach_every_parameter(tiny: tuple[HiCoConfig, Any]) -> None:
-    config, model = tiny
-    batch = fake(config, images=1)
-
-    def loss(model: Any, batch: Batch) -> jax.Array:
-        stream = model(batch)
-        logits = stream.x @ model.llm.unembed_weight()
-        return jnp.square(logits).sum()
-
-    grads = jax.jit(jax.grad(loss))(model, batch)
-    state = nnx.state(grads)
+def test_gradients_are_finite_and_reach_every_parameter(seen: Seen) -> None:
+    state = nnx.state(seen.grads)
     for name, grad in zip(parameter_names(state), jax.tree.leaves(state), strict=True):
         assert np.isfinite(grad).all(), name
         assert np.abs(grad).max() > 0, name
 
 
-def test_eight_devices_give_what_one_gives(tiny: tuple[HiCoConfig, Any]) -> None:
-    config, model = tiny
-    batch = fake(config, rows=4)
-    one = hidden(model, batch)
+def test_eight_devices_give_what_one_gives(seen: Seen) -> None:
     mesh = make_mesh(MeshConfig(2, 2, 1, 2))
     with jax.set_mesh(mesh):
-        graph, state = nnx.split(model)
+        graph, state = nnx.split(seen.model)
         state = jax.device_put(state, sharding.shardings(state, mesh))
-        eight = hidden(nnx.merge(graph, state), jax.device_put(batch, sharding.batch_shardings(batch, mesh)))
-    np.testing.assert_allclose(eight, one, atol=2e-4)  # float32 sums in another order, through five layers
+        placed = jax.device_put(seen.batch, sharding.batch_shardings(seen.batch, mesh))
+        eight = hidden(nnx.merge(graph, state), placed)
+    np.testing.assert_allclose(eight, seen.hidden, atol=2e-4)  # float32 sums in another order, through five layers
 
 
-def test_padding_and_an_empty_clip_change_nothing(tiny: tuple[HiCoConfig, Any]) -> None:
-    config, model = tiny
-    batch = fake(config, clips=1)
-    length = batch.shape[1]
+def test_padding_and_an_empty_clip_change_nothing(seen: Seen) -> None:
+    batch = seen.batch
+    before = batch.clips.shape[1] * seen.config.geometry().tokens_per_clip
 
     def pad(a: np.ndarray, fill: int) -> np.ndarray:
         return np.pad(a, ((0, 0), (0, 4)), constant_values=fill)
 
+    further = np.where(batch.slots >= before, before, 0)  # one more clip: the image's slots move on
     padded = dataclasses.replace(
         batch,
-        **{name: pad(getattr(batch, name), -1 if name == "slots" else 0)
-           for name in ("tokens", "slots", "positions", "segments", "targets", "weights")},
+        **{name: pad(getattr(batch, name), 0) for name in ("tokens", "positions", "segments", "targets", "weights")},
+        slots=pad(batch.slots + further.astype(np.int32), -1),
         clips=np.concatenate([batch.clips, np.zeros_like(batch.clips)], axis=1),
-    )  # fmt: skip
-    np.testing.assert_allclose(hidden(model, padded)[:, :length], hidden(model, batch), atol=1e-5)
+    )
+    made = hidden(seen.model, padded)[:, : batch.shape[1]]
+    np.testing.assert_allclose(made, seen.hidden, atol=1e-5)

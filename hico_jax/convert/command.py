@@ -10,6 +10,8 @@ import argparse
 import dataclasses
 import os
 import pathlib
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,8 +19,10 @@ import numpy as np
 from flax import nnx
 
 from data_pipeline.tokenizer import load_tokenizer
-from hico_jax import registry
-from hico_jax.convert import export, hf_config, hf_internvl, load, native, sources
+from hico_jax import checkpoint, registry
+from hico_jax.api import check_vocabulary
+from hico_jax.config import from_json as read_experiment
+from hico_jax.convert import export, hf_config, hf_internvl, lazy, load, native, sources
 from hico_jax.models.hico import HiCoConfig
 
 LANGUAGE = {"qwen2": "umt_qwen2_7b", "internlm2": "internvl_hico_r16"}  # plain language models, and what they begin
@@ -35,8 +39,8 @@ def main_convert(args: argparse.Namespace) -> int:
     if not source.exists():
         raise ValueError(f"{source} does not exist; give a folder of released weights, or a file of a part of them")
     raw, whole, config = _described(source, args)
-    tensors = sources.open_any(source, allow_pickle=args.allow_pickle, num_blocks=config.vision.num_blocks)
-    wanted = load.by_path(nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))[1])
+    tensors = sources.open_any(source, allow_pickle=args.allow_pickle, vision=config.vision)
+    wanted = _abstract(config)
     fit = f"{source} does not fit the model that its {load.CONFIG} describes"
     table = load.rules(config)
     plan = (
@@ -52,7 +56,7 @@ def main_convert(args: argparse.Namespace) -> int:
         export.copy_files(side, temporary)
         limit = args.max_shard_bytes
         receipt = native.write(temporary, plan, tensors, raw, whole=whole, dtype=dtype, max_shard_bytes=limit)
-    print(receipt.text("imported", str(target)))
+    print(*tensors.notes, receipt.text("imported", str(target)), sep="\n")
     return 0
 
 
@@ -94,12 +98,7 @@ def check_tokenizer(folder: pathlib.Path, side: list[pathlib.Path], config: HiCo
     """
     if not {path.name for path in side} & {"tokenizer.json", "tokenizer.model"}:
         return
-    found = load_tokenizer(folder).vocab_size
-    if found > config.llm.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {folder} has {found} tokens but the model has rows for {config.llm.vocab_size}; "
-            "take the tokenizer that the weights were released with"
-        )
+    check_vocabulary(load_tokenizer(folder).vocab_size, config.llm.vocab_size, str(folder))
 
 
 def main_export(args: argparse.Namespace) -> int:
@@ -108,31 +107,52 @@ def main_export(args: argparse.Namespace) -> int:
     Raises:
       ValueError: SRC holds no weights that can be exported, or DST cannot be written.
     """
-    source = pathlib.Path(args.source)
+    source, target = pathlib.Path(args.source), pathlib.Path(os.path.abspath(args.target))
+    export.check_target(target, args.overwrite)
     raw = load.read_config(source)
-    side: list[pathlib.Path] = native.side_files(source)
-    released: dict[str, Any] | None = None
-    if native.is_native(raw):
-        if not raw["whole"]:
-            raise ValueError(f"{source} holds a part of a model only; train from it, or convert a whole model")
-        released = dict(raw["released"])
-        config = hf_config.from_raw(released)
-        tensors = native.read(source)
-        wanted = load.by_path(nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))[1])
-        wrong = native.problems(wanted, tensors, wanted)
-        if wrong:
-            raise ValueError(f"{source} does not fit its own {load.CONFIG}: " + "; ".join(wrong))
-        leaves: dict[str, Any] = {path: tensors[path] for path in tensors}
+    side, released = native.side_files(source), None
+    if load.holds_weights(raw):
+        released = dict(raw["released"]) if native.is_native(raw) else raw
+        config = hf_config.from_raw(released, source.resolve().name)
+        tries: Iterable[dict[str, Any]] = (_on_disk(source, raw, config),)
     else:
-        from hico_jax import ask  # a run's workdir needs the whole house
-
-        model, tokenizer = ask.load_model(source)
-        released = raw if "model_type" in raw else None
-        config, leaves = model.config, load.by_path(nnx.split(model)[1])
+        experiment = read_experiment((source / load.CONFIG).read_text("utf-8"))
+        config, wanted = experiment.model, _abstract(experiment.model)
+        tries = (lazy.of_checkpoint(found, wanted) for found in checkpoint.stored(str(source)))
+        tokenizer = pathlib.Path(experiment.data.tokenizer)
         side = side or native.side_files(tokenizer if tokenizer.is_dir() else tokenizer.parent)
-    receipt = export.write_released(
-        config, leaves, args.target, raw=released, files=side, dtype=args.dtype, overwrite=args.overwrite,
-        max_shard_bytes=args.max_shard_bytes, language_only=args.part == "llm",
-    )  # fmt: skip
-    print(receipt.text("exported", os.path.abspath(args.target)))
-    return 0
+    reason = f"{source} holds no checkpoint"
+    for leaves in tries:
+        try:
+            receipt = export.write_released(
+                config, leaves, target, raw=released, files=side, dtype=args.dtype, overwrite=args.overwrite,
+                max_shard_bytes=args.max_shard_bytes, language_only=args.part == "llm",
+            )  # fmt: skip
+        except checkpoint.DamagedError as error:  # known only when its array is read; nothing was left
+            reason = str(error)
+            print(f"{reason}; trying the checkpoint before it", file=sys.stderr)
+            continue
+        print(receipt.text("exported", str(target)))
+        return 0
+    raise ValueError(f"{reason}; there is no other one to export")
+
+
+def _on_disk(source: pathlib.Path, raw: Mapping[str, Any], config: HiCoConfig) -> dict[str, Any]:
+    """The parameters of a folder of weights, not read yet."""
+    wanted = _abstract(config)
+    if not native.is_native(raw):
+        tensors = sources.open_any(source)
+        fit = f"{source} does not fit the model that its {load.CONFIG} describes"
+        return dict(lazy.of_tensors(load.plan_whole(wanted, tensors, load.rules(config), fit), tensors))
+    if not raw["whole"]:
+        raise ValueError(f"{source} holds a part of a model only; train from it, or convert a whole model")
+    tensors = native.read(source)
+    wrong = native.problems(wanted, tensors, wanted)
+    if wrong:
+        raise ValueError(f"{source} does not fit its own {load.CONFIG}: " + "; ".join(wrong))
+    return {path: tensors[path] for path in tensors}
+
+
+def _abstract(config: HiCoConfig) -> dict[str, Any]:
+    """The parameters of a model as shapes, by path."""
+    return load.by_path(nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))[1])

@@ -16,12 +16,11 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hico_jax.convert import hf_config, load, native, safetensors_io
+from hico_jax.convert import hf_config, lazy, load, native, safetensors_io
 from hico_jax.convert.rules import Rule
 from hico_jax.models.hico import HiCo, HiCoConfig
 
@@ -68,7 +67,7 @@ def write_released(
     max_shard_bytes: int = 5_000_000_000,
     language_only: bool = False,
 ) -> native.Receipt:
-    """`export` of parameters by path, which may be arrays on disk: then one layer at a time is in memory.
+    """`export` of parameters by path, which may be on disk: then a layer, or a parameter (`lazy`), is in memory.
 
     With `language_only` the folder holds the language model alone, as its own family's programs read it.
     """
@@ -159,9 +158,9 @@ def _sources(config: HiCoConfig, leaves: Mapping[str, Any], language_only: bool)
 def _reader(
     sources: Mapping[str, Source], specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]], tally: native.Tally
 ) -> Callable[[str], np.ndarray]:
-    """A function that fetches each parameter from its device once: its layers are asked for one after the other.
+    """A function that fetches each parameter from its device or from disk once: its layers are asked for in turn.
 
-    Arrays on disk are fetched layer by layer.
+    Arrays mapped from disk are fetched layer by layer.
     """
     held: dict[str, np.ndarray] = {}
 
@@ -169,7 +168,7 @@ def _reader(
         rule, leaf, layer, _ = sources[name]
         if rule.path not in held:
             held.clear()
-            held[rule.path] = leaf if isinstance(leaf, np.ndarray) else np.asarray(jax.device_get(leaf))
+            held[rule.path] = leaf.read() if isinstance(leaf, lazy.Lazy) else np.asarray(leaf)
         array = held[rule.path][layer] if rule.stacked else held[rule.path]
         return tally.add(name, rule.path, rule.to_torch(array).astype(specs[name][0], copy=False))
 

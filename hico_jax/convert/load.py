@@ -99,7 +99,7 @@ def load_into(
             dtypes = {name: str(leaf.dtype) for name, leaf in wanted.items()}
             values |= _native(path.parent, wanted, native.read(path.parent), dtypes, places)
             continue
-        tensors = sources.open_any(file, num_blocks=model.config.vision.num_blocks)
+        tensors = sources.open_any(file, vision=model.config.vision)
         for name, (rule, leaf) in plan_part(wanted, tensors, rules(model.config), f"{file}").items():
             values[name] = _read(rule, tensors, leaf, str(leaf.dtype), places.get(name))
     return nnx.merge(graph, _fill(state, values)), tuple(values)
@@ -165,6 +165,11 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__}, not an object")
     return raw
+
+
+def holds_weights(raw: Mapping[str, Any]) -> bool:
+    """Whether this `config.json` is of weights, in the reference's layout or in ours; else it is of a run."""
+    return "model_type" in raw or native.is_native(raw)
 
 
 def rules(config: HiCoConfig) -> tuple[Rule, ...]:
@@ -241,16 +246,42 @@ def _raise(problems: Sequence[str], what: str) -> None:
 
 
 def _read(rule: Rule, tensors: safetensors_io.Tensors, leaf: Any, dtype: str | None, place: Any) -> jax.Array:
-    """One parameter on its device. Only this parameter's bytes are in host memory."""
-    names = rule.names(leaf.shape[0] if rule.stacked else 1)
-    sizes = rule.sizes(leaf.shape[1:] if rule.stacked else leaf.shape)
-    widest = max((tensors.entries[name].dtype for name in names), key=lambda d: d.itemsize)
-    host = np.empty(leaf.shape, jnp.dtype(dtype) if dtype else widest)
-    for i, name in enumerate(names):
-        target = host[i] if rule.stacked else host
-        tensor = tensors[name]
-        sources.check_finite(name, tensor)
-        target[...] = rule.to_ours(tensor, sizes)
+    """One parameter on its devices. Of a parameter that is spread, one shard at a time is in host memory."""
+    part = Part(rule, tensors, tuple(leaf.shape), dtype)
     if place is None:
-        return jnp.asarray(host)
-    return jax.make_array_from_callback(host.shape, place, lambda index: host[index])
+        return jnp.asarray(part[...])
+    return jax.make_array_from_callback(part.shape, place, part.__getitem__)
+
+
+class Part:
+    """One of our parameters as it lies in torch tensors on disk. Indexing it, by slices, reads what they ask for.
+
+    Raises:
+      ValueError: on reading, a number that is NaN or infinite in a tensor of which something is read.
+    """
+
+    def __init__(self, rule: Rule, tensors: safetensors_io.Tensors, shape: tuple[int, ...], dtype: str | None) -> None:
+        self.shape, self._rule, self._tensors = shape, rule, tensors
+        self._names = rule.names(shape[0] if rule.stacked else 1)
+        self._sizes = rule.sizes(shape[1:] if rule.stacked else shape)
+        widest = max((tensors.entries[name].dtype for name in self._names), key=lambda d: d.itemsize)
+        self.dtype = jnp.dtype(dtype) if dtype else widest
+        self._checked: set[str] = set()
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        if not self._rule.stacked:
+            return np.array(self._layer(0)[index], self.dtype)
+        of_layers, rest = (slice(None), ...) if index is ... else (index[0], tuple(index[1:]))
+        chosen = range(self.shape[0])[of_layers]
+        host = np.empty((len(chosen), *np.broadcast_to(0, self.shape[1:])[rest].shape), self.dtype)
+        for row, i in zip(host, chosen, strict=True):
+            row[...] = self._layer(i)[rest]
+        return host
+
+    def _layer(self, i: int) -> np.ndarray:
+        name = self._names[i]
+        tensor = self._tensors[name]
+        if name not in self._checked:
+            sources.check_finite(name, tensor)
+            self._checked.add(name)
+        return self._rule.to_ours(tensor, self._sizes)

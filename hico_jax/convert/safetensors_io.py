@@ -58,6 +58,8 @@ class Entry:
 class Tensors(Mapping[str, np.ndarray]):
     """Tensors by name, each read from disk when asked for. Arrays are read-only views of the file: copy to keep."""
 
+    notes: tuple[str, ...] = ()  # what was done to them besides reading, for people
+
     def __init__(self, entries: Mapping[str, Entry]) -> None:
         self.entries = dict(entries)
 

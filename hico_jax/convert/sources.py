@@ -6,16 +6,20 @@ projector files and plain language models are given the names they have inside a
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from hico_jax.convert import pickles, safetensors_io
 from hico_jax.convert.safetensors_io import Entry, Tensors
+from hico_jax.models.vision import internvideo2
 
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PICKLED = (".bin", ".pt", ".pth")
@@ -43,8 +47,11 @@ RAW: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 )
 
 
-def open_any(source: str | os.PathLike[str], *, allow_pickle: bool = False, num_blocks: int | None = None) -> Tensors:
-    """The tensors of a file or folder, safetensors first. Of a raw encoder, only the first `num_blocks` blocks.
+def open_any(source: str | os.PathLike[str], *, allow_pickle: bool = False, vision: Any = None) -> Tensors:
+    """The tensors of a file or folder, safetensors first.
+
+    A raw encoder becomes what the tower `vision` (a configuration) takes: only the blocks that it has, and learned
+    positions stretched to its frames and grid.
 
     Raises:
       ValueError: nothing to read, a damaged file, or pickled files without `allow_pickle`.
@@ -55,15 +62,15 @@ def open_any(source: str | os.PathLike[str], *, allow_pickle: bool = False, num_
     else:
         found = [source] if source.suffix in PICKLED and source.is_file() else []
     if not found:
-        return renamed(safetensors_io.open_tensors(source), num_blocks)
+        return renamed(safetensors_io.open_tensors(source), vision)
     if not allow_pickle:
         raise ValueError(
             f"{found[0]} is a pickled file, which can hold code; pass --allow-pickle to read its tensors (its code is "
             "never run), or save it as safetensors"
         )
     if found[0].name != BIN_INDEX:
-        return renamed(Tensors(pickles.read_pickle(found[0])), num_blocks)
-    return renamed(Tensors(_pickled_index(found[0])), num_blocks)
+        return renamed(Tensors(pickles.read_pickle(found[0])), vision)
+    return renamed(Tensors(_pickled_index(found[0])), vision)
 
 
 def _pickled_index(path: pathlib.Path) -> dict[str, Entry]:
@@ -79,7 +86,7 @@ def _pickled_index(path: pathlib.Path) -> dict[str, Entry]:
     return entries
 
 
-def renamed(tensors: Tensors, num_blocks: int | None = None) -> Tensors:
+def renamed(tensors: Tensors, vision: Any = None) -> Tensors:
     """Under the names of a whole model; raw files lose what their loaders leave out.
 
     A file that holds a whole model, or a part under its full names, is returned as it is.
@@ -94,7 +101,9 @@ def renamed(tensors: Tensors, num_blocks: int | None = None) -> Tensors:
                     if re.fullmatch(pattern, name):
                         entries[re.sub(rf"\A{pattern}\Z", to, name)] = entry
                         break
-            return Tensors({name: entry for name, entry in entries.items() if _exists(name, num_blocks)})
+            blocks = None if vision is None else vision.num_blocks
+            left = Tensors({name: entry for name, entry in entries.items() if _exists(name, blocks)})
+            return left if vision is None else Stretched.to_fit(left, vision)
     return tensors
 
 
@@ -102,6 +111,62 @@ def _exists(name: str, num_blocks: int | None) -> bool:
     """Encoder files hold blocks that the models do not have; the reference's loaders leave them out."""
     found = re.match(rf"{re.escape(_TOWER)}\.(?:encoder\.)?blocks\.(\d+)\.", name)
     return found is None or num_blocks is None or int(found[1]) < num_blocks
+
+
+POSITIONS = {  # name -> (of clips, of single frames)
+    "internvideo2": (f"{_TOWER}.pos_embed", f"{_TOWER}.img_pos_embed"),
+    "internvit": (None, "vision_model.embeddings.position_embedding"),
+}
+Size = tuple[int, int]  # frames, patches on a side
+
+
+class Stretched(Tensors):
+    """Tensors of which learned tables of positions are stretched when they are read."""
+
+    def __init__(self, tensors: Tensors, changes: Mapping[str, tuple[Size, Size]]) -> None:
+        super().__init__(tensors.entries)
+        self._stored, self._changes = tensors, changes
+        for name, (_, (frames, grid)) in changes.items():
+            entry = self.entries[name]
+            self.entries[name] = dataclasses.replace(entry, shape=(1, 1 + frames * grid**2, entry.shape[-1]))
+        self.notes = tuple(
+            f"positions stretched: {name} from {a[0]} frames of {a[1]} x {a[1]} patches to {b[0]} of {b[1]} x {b[1]}"
+            for name, (a, b) in changes.items()
+        )
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        tensor = self._stored[name]
+        if name not in self._changes:
+            return tensor
+        made = internvideo2.stretch_positions(tensor[0].astype(np.float32), *self._changes[name])
+        return made[None].astype(tensor.dtype)
+
+    @classmethod
+    def to_fit(cls, tensors: Tensors, vision: Any) -> Tensors:
+        """With the tables that another number of frames or another frame size asks to stretch."""
+        of_clip, of_frame = POSITIONS.get(vision.arch, (None, None))
+        new, changes, grid = (vision.frames_per_clip, vision.image_px // vision.patch_px), {}, None
+        if of_frame in tensors.entries:
+            grid = _side(_rows(tensors, of_frame))
+            if grid and grid != new[1]:
+                changes[of_frame] = ((1, grid), (1, new[1]))
+        if of_clip in tensors.entries:
+            rows = _rows(tensors, of_clip)
+            sides = (grid, new[1], _side(rows / new[0]))  # of the images, if it has their table; else guessed
+            old = next(((rows // g**2, g) for g in sides if g and not rows % g**2), new)
+            if old != new:
+                changes[of_clip] = (old, new)
+        return cls(tensors, changes) if changes else tensors
+
+
+def _rows(tensors: Tensors, name: str) -> int:
+    """How many places a table has, besides the class token's."""
+    return tensors.entries[name].shape[1] - 1 if len(tensors.entries[name].shape) == 3 else 0
+
+
+def _side(places: float) -> int | None:
+    side = round(places**0.5) if places > 0 else 0
+    return side if side and side * side == places else None
 
 
 def check_finite(name: str, tensor: np.ndarray) -> None:

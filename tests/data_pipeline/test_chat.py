@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import copy
+import io
+import json
+import re
 
 import pytest
+import sentencepiece
 
 from data_pipeline import chat
 from data_pipeline.tokenizer import load_tokenizer, train_bpe
@@ -58,21 +62,67 @@ def test_recorded_batches_of_the_whole_model(golden, qwen):
     assert checked > 5
 
 
+def talks(case):
+    """Messages and recorded prompt of each turn of a recorded InternVL talk, `<image>` not yet filled."""
+    first = case["question_1"]
+    if "num_patches_list" in case:  # a question without marks: one in front stands for every frame
+        first = chat.first_question(first)
+    talk = [{"role": "user", "content": first}]
+    yield list(talk), case["prompt_turn_1"]
+    if "prompt_turn_2" in case:
+        talk += [{"role": "assistant", "content": case["response_1"]}, {"role": "user", "content": case["question_2"]}]
+        yield list(talk), case["prompt_turn_2"]
+
+
 def test_recorded_internvl_prompts(golden):
+    checked = 0
     for case in golden.json("I_prompts.json"):
-        if case.get("template") != "internvl2_5" or "prompt_turn_2" not in case:
-            continue
-        first = chat.frames_question("Describe this video in detail.", case["num_frames"])
-        assert first == case["question_1"]
-        filled = "<IMG_CONTEXT>" * case["tokens_per_frame"]
-        messages = [{"role": "user", "content": first}]
-        text = chat.prompt_text(messages, template="internvl2_5").replace("<image>", filled)
-        assert text == case["prompt_turn_1"]
-        messages += [
-            {"role": "assistant", "content": case["response_1"]},
-            {"role": "user", "content": case["question_2"]},
-        ]
-        assert chat.prompt_text(messages, template="internvl2_5").replace("<image>", filled) == case["prompt_turn_2"]
+        places = case["num_frames"] if "num_patches_list" in case else 1
+        filled = "<IMG_CONTEXT>" * case.get("tokens_per_frame", 0) * places
+        for messages, expected in talks(case):
+            text = chat.prompt_text(messages, template=case["template"])
+            if len(messages) == 1 and "text_before_image_expansion_turn_1" in case:
+                assert text.replace("<img><image></img>", "<image>") == case["text_before_image_expansion_turn_1"]
+            assert text.replace("<image>", filled) == expected
+            checked += 1
+        if "system_message" in case:
+            assert chat.TEMPLATES[case["template"]].system == case["system_message"]
+            question = case["question_1"].rpartition("\n")[2]
+            assert chat.frames_question(question, case["num_frames"]) == case["question_1"]
+    assert checked == 16
+
+
+def test_recorded_internvl_prompts_as_ids(golden, tmp_path):
+    """The released vocabulary is not public, so a small one stands in; its marks are those of the release.
+
+    What is expected is made from the recorded text and the SentencePiece library alone: bos, then every mark as one
+    id, then the pieces between marks; a run of context tokens is one placeholder.
+    """
+    cases = golden.json("I_prompts.json")
+    marks = ["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([case["question_1"] + case["prompt_turn_1"][:90] for case in cases]), model_writer=out,
+        vocab_size=400, byte_fallback=True, model_type="bpe", add_dummy_prefix=False, remove_extra_whitespaces=False,
+        normalization_rule_name="identity", minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(out.getvalue())
+    added = {str(400 + i): {"content": mark} for i, mark in enumerate(marks)}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added, "add_bos_token": True}))
+    tokenizer, pieces = load_tokenizer(tmp_path), sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
+    for case in cases:
+        for messages, recorded in talks(case):
+            expected = [pieces.bos_id()]
+            for part in re.split("(" + "|".join(map(re.escape, marks)) + ")", recorded):
+                mark = marks.index(part) if part in marks else None
+                expected += pieces.encode(part) if mark is None else [-200 if mark == 4 else 400 + mark]
+            expected = [i for n, i in enumerate(expected) if i != -200 or expected[n - 1] != -200]
+            ids = chat.prompt_ids(tokenizer, messages, template=case["template"])
+            assert ids == expected
+            bare = re.sub("(<IMG_CONTEXT>)+", "", recorded)
+            assert tokenizer.decode(ids[1:], skip_special=False) == bare
+        if "raw_answer_1" in case:
+            assert chat.clean_answer(tokenizer, tokenizer.encode(case["raw_answer_1"])) == case["response_1"]
 
 
 def test_training_and_inference_whitespace_differ():

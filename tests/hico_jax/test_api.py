@@ -11,12 +11,15 @@ import pytest
 from PIL import Image
 
 import hico_jax
+from data_pipeline import chat
+from data_pipeline.frames import time_message
 from data_pipeline.tokenizer import Tokenizer
-from hico_jax import api
+from hico_jax import api, cli, generate
 from hico_jax.convert.export import export
 from hico_jax.generate import GenerationConfig
 from hico_jax.models.hico import HiCo
 from tests import golden_rows
+from tests.golden_rows import close
 
 SLOW = pytest.mark.slow
 FAST = ("umt224_text_only_dummy_image_eval", "internvideo2_video_eval")
@@ -35,11 +38,6 @@ INTERNVL = (
         "full_r16_video_rope_dynamic_beyond",
     )),
 )  # fmt: skip
-
-
-def close(got: np.ndarray, expected: np.ndarray) -> None:
-    assert got.shape == expected.shape
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.mark.parity
@@ -85,16 +83,10 @@ def test_recorded_internvl_models(golden: Any, name: str, tmp_path: pathlib.Path
     (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(raw))
     model = hico_jax.load(folder, dtype="float32")
-    video = golden.tensors("pixels.safetensors")["video224"].reshape(-1, 3, 224, 224)
-    pixels, first = golden_rows.canvas_pixels(config["pixels"], video), 0
-    for row, count in enumerate(config["frames_per_row"]):
+    for row in range(len(config["frames_per_row"])):
         real = tensors["attention_mask"][row].astype(bool)
-        ids = tensors["input_ids"][row][real]
-        context = ids == config["img_context_token_id"]
-        starts = context & ~np.append(False, context[:-1])  # a frame's run of tokens becomes one placeholder
-        ids = np.where(starts, -200, ids)[~context | starts]
-        visuals = [(pixels[first : first + count], "video", None)] if count else []
-        first += count
+        ids, _, pixels = golden_rows.internvl_row(golden, name, row)
+        visuals = [(pixels, "video", None)] if len(pixels) else []
         logits = model.logits(ids, visuals)
         for key in ("logits", "logits_tail"):
             if key in tensors:
@@ -113,6 +105,12 @@ def model(asked_model: HiCo, words: Tokenizer, tmp_path_factory: pytest.TempPath
     return hico_jax.load(export(asked_model, folder / "weights", files=[file]))
 
 
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (40, 70, 3), dtype=np.uint8)) for _ in range(2)]
+
+
 SHORT = GenerationConfig(max_new_tokens=3, eos=())
 
 
@@ -128,14 +126,51 @@ def test_a_talk_about_a_film(model: api.Model, noise_film: pathlib.Path) -> None
     assert model.count_tokens("Who?") == len(model.tokenizer.encode("Who?"))
 
 
-def test_images_and_text(model: api.Model, noise_film: pathlib.Path) -> None:
-    rng = np.random.default_rng(0)
-    pictures = [Image.fromarray(rng.integers(0, 256, (40, 70, 3), dtype=np.uint8)) for _ in range(2)]
+def test_images_and_text(model: api.Model, pictures: list[Image.Image]) -> None:
     answer = model.ask(None, "Which?", images=pictures, settings=SHORT)
     assert (answer.visual_tokens, len(answer.ids)) == (2 * 2, 3)
+    assert model.ask(model.look(pictures), "Which?", settings=SHORT).ids == answer.ids
     assert model.ask(None, "Hello?", settings=SHORT).visual_tokens == 0
-    with pytest.raises(ValueError, match="about a film or about images, not both"):
-        model.ask(model.watch(noise_film, max_frames=8), "Which?", images=pictures)
+
+
+def test_a_talk_about_a_film_and_pictures(
+    model: api.Model, noise_film: pathlib.Path, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A film first, pictures in a later turn, then a question about all: the row and what stands in its slots."""
+    rows: list[tuple[Any, Any]] = []
+    real = generate.generate
+    monkeypatch.setattr(
+        generate, "generate", lambda model, prompt, *rest: rows.append(prompt) or real(model, prompt, *rest)
+    )
+    film = model.watch(noise_film, max_frames=8)
+    talk = model.chat(film, settings=SHORT)
+    talk.say("Who?")
+    second = talk.say("Is it here?", images=pictures)
+    third = talk.say("Sure?")
+    assert second.visual_tokens == third.visual_tokens == 8 + 2 * 2
+    batch, visual = rows[-1]
+    message = time_message(film.duration_s, film.indices, film.fps)
+    said = [turn["content"] for turn in talk.history]
+    ids = chat.prompt_ids(model.tokenizer, [
+        {"role": "user", "content": chat.first_question("Who?", message)}, {"role": "assistant", "content": said[1]},
+        {"role": "user", "content": "<image>\n<image>\nIs it here?"}, {"role": "assistant", "content": said[3]},
+        {"role": "user", "content": "Sure?"},
+    ])  # fmt: skip
+    slots, length = np.asarray(batch.slots[0]), third.prompt_tokens
+    assert length == len(ids) - 3 + 8 + 2 * 2
+    assert np.asarray(batch.tokens[0])[:length][slots[:length] < 0].tolist() == [i for i in ids if i >= 0]
+    assert slots[slots >= 0].tolist() == list(range(8 + 2 * 2))
+    np.testing.assert_array_equal(visual[:, :8], film.visual[:, :8])
+    np.testing.assert_array_equal(visual[:, 8:], model.look(pictures).visual)
+    assert model.ask(film, "Sure?", images=pictures, settings=SHORT).visual_tokens == 8 + 2 * 2
+
+
+def test_a_converted_folder_answers_too(model: api.Model, tmp_path: pathlib.Path) -> None:
+    assert model.folder is not None
+    assert cli.main(["convert", str(model.folder), str(tmp_path / "ours")]) == cli.OK
+    again = hico_jax.load(tmp_path / "ours")
+    assert again.eos == model.eos
+    assert again.ask(None, "Hello?", settings=SHORT).ids == model.ask(None, "Hello?", settings=SHORT).ids
 
 
 PIXELS = np.zeros((4, 3, 32, 32), np.float32)

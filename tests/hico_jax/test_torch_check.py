@@ -13,7 +13,7 @@ SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "check_wit
 
 
 @pytest.mark.slow
-def test_stock_transformers_and_a_restated_tower_compute_the_same(tmp_path: pathlib.Path) -> None:
+def test_stock_transformers_and_restated_towers_compute_the_same(tmp_path: pathlib.Path) -> None:
     python = os.environ.get("HICO_TORCH_PYTHON")
     if not python:
         pytest.skip("HICO_TORCH_PYTHON names no Python with torch, transformers and safetensors")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -18,8 +17,7 @@ from flax import nnx
 from hico_jax.convert.rules import Rule
 from hico_jax.models import layers
 from hico_jax.models.attention import attend
-from hico_jax.models.vision import umt
-from hico_jax.parallel.sharding import shard
+from hico_jax.models.vision import patches
 from hico_jax.shapes import Array, Float, ndarray
 
 
@@ -40,11 +38,7 @@ class InternVideo2Config:
     remat: bool = False  # compute each block again in the backward pass instead of keeping its activations
 
     def __post_init__(self) -> None:
-        if self.image_px % self.patch_px:
-            raise ValueError(
-                f"vision.image_px is {self.image_px}, not a multiple of patch_px {self.patch_px}; "
-                f"use {self.image_px // self.patch_px * self.patch_px} for example"
-            )
+        patches.check_grid(self.image_px, self.patch_px)
         if self.embed_dim % self.num_heads or self.embed_dim % 16:
             raise ValueError(
                 f"vision.embed_dim is {self.embed_dim}; it must be a multiple of 16 and of num_heads {self.num_heads}"
@@ -84,7 +78,7 @@ class InternVideo2(nnx.Module):
         self.config = config
         width, grid = config.embed_dim, config.image_px // config.patch_px
         axes = (None, "vision_embed")
-        self.patch = umt.PatchEmbed(config.patch_px, width, rngs=rngs)
+        self.patch = patches.PatchEmbed(config.patch_px, width, rngs=rngs)
         self.cls = layers.param(layers.normal(rngs, (1, width), 0.02), axes)
         self.positions = layers.param(jnp.asarray(sincos(width, grid, config.frames_per_clip)), axes)
         self.image_positions = (
@@ -108,13 +102,7 @@ class InternVideo2(nnx.Module):
         x = self.patch(pixels)
         cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([cls, x], axis=1) + self._table(frames).astype(x.dtype)
-        x = shard(x, "clips", None, None)
-
-        def step(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            return shard(block(x), "clips", None, None), None
-
-        x, _ = jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if config.remat else step, x, self.blocks)
-        return x[:, 1:]
+        return patches.through(self.blocks, x, remat=config.remat)[:, 1:]
 
     def _table(self, frames: int) -> Float[Array, "Q E"]:
         table = self.positions[...]
@@ -196,7 +184,9 @@ def stretch_positions(
     """A learned table, class row first, for another (frames, grid) (`interpolate_pos_embed_internvideo2`)."""
     (frames, grid), (to_frames, to_grid) = old, new
     places = table[1:].reshape(frames, grid, grid, table.shape[-1])
-    return np.concatenate([table[:1], umt.stretch(places, to_frames, to_grid, to_grid).reshape(-1, table.shape[-1])])
+    return np.concatenate(
+        [table[:1], patches.stretch(places, to_frames, to_grid, to_grid).reshape(-1, table.shape[-1])]
+    )
 
 
 _TOWER = "model.vision_tower.vision_tower"

@@ -17,8 +17,7 @@ from flax import nnx
 from hico_jax.convert.rules import Rule
 from hico_jax.models import layers
 from hico_jax.models.attention import attend
-from hico_jax.models.vision import umt
-from hico_jax.parallel.sharding import shard
+from hico_jax.models.vision import patches
 from hico_jax.shapes import Array, Float
 
 SQUARE = 2  # side of the square of patches that become one
@@ -85,7 +84,7 @@ class InternViT(nnx.Module):
         self.config = config
         grid = config.image_px // config.patch_px
         axes = (None, "vision_embed")
-        self.patch = umt.PatchEmbed(config.patch_px, config.width, rngs=rngs)
+        self.patch = patches.PatchEmbed(config.patch_px, config.width, rngs=rngs)
         self.cls = layers.param(layers.normal(rngs, (1, config.width), 1.0), axes)
         self.positions = layers.param(layers.normal(rngs, (1 + grid**2, config.width), 1.0), axes)
         self.blocks = layers.stack(lambda r: Block(config, rngs=r), config.num_blocks, rngs)
@@ -115,13 +114,7 @@ class InternViT(nnx.Module):
         x = self.patch(pixels)
         cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([cls, x], axis=1) + self._table(rows, cols).astype(x.dtype)
-        x = shard(x, "clips", None, None)
-
-        def step(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            return shard(block(x), "clips", None, None), None
-
-        x, _ = jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if config.remat else step, x, self.blocks)
-        return x
+        return patches.through(self.blocks, x, remat=config.remat)
 
     def _table(self, rows: int, cols: int) -> Float[Array, "Q W"]:
         """The learned positions, stretched (bicubic, float32) to frames of another size."""
@@ -129,7 +122,7 @@ class InternViT(nnx.Module):
         if (rows, cols) == (grid, grid):
             return table
         places = table[1:].astype(jnp.float32).reshape(grid, grid, -1)
-        down, across = umt.stretching(grid, rows), umt.stretching(grid, cols)
+        down, across = patches.stretching(grid, rows), patches.stretching(grid, cols)
         # Exact products: the table is small, and TF32 would move every patch.
         places = jnp.einsum("yY,YXW,xX->yxW", down, places, across, precision=jax.lax.Precision.HIGHEST)
         return jnp.concatenate([table[:1], places.reshape(rows * cols, -1).astype(table.dtype)])

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -20,7 +17,7 @@ from flax import nnx
 from hico_jax.convert.rules import Rule
 from hico_jax.models import layers
 from hico_jax.models.attention import attend
-from hico_jax.parallel.sharding import shard
+from hico_jax.models.vision import patches
 from hico_jax.shapes import Array, Float, ndarray
 
 
@@ -42,11 +39,7 @@ class UMTConfig:
     remat: bool = False  # compute each block again in the backward pass instead of keeping its activations
 
     def __post_init__(self) -> None:
-        if self.image_px % self.patch_px:
-            raise ValueError(
-                f"vision.image_px is {self.image_px}, not a multiple of patch_px {self.patch_px}; "
-                f"use {self.image_px // self.patch_px * self.patch_px} for example"
-            )
+        patches.check_grid(self.image_px, self.patch_px)
         if self.embed_dim % self.num_heads or self.embed_dim % 2:
             raise ValueError(f"vision.embed_dim is {self.embed_dim}; it must be even and a multiple of num_heads")
 
@@ -82,7 +75,7 @@ class UMT(nnx.Module):
 
     def __init__(self, config: UMTConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.patch = PatchEmbed(config.patch_px, config.embed_dim, rngs=rngs)
+        self.patch = patches.PatchEmbed(config.patch_px, config.embed_dim, rngs=rngs)
         self.blocks = layers.stack(lambda r: Block(config, rngs=r), config.num_blocks, rngs)
         self.norm = layers.LayerNorm(config.embed_dim, eps=1e-12, axis="vision_embed")
 
@@ -102,33 +95,8 @@ class UMT(nnx.Module):
             config.embed_dim, config.image_px // config.patch_px, frames, config.pretrain_grid, config.pretrain_frames
         )
         x = self.patch(pixels)
-        x = shard(x + jnp.asarray(table, x.dtype), "clips", None, None)
-
-        def step(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            return shard(block(x), "clips", None, None), None
-
-        x, _ = jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if config.remat else step, x, self.blocks)
-        return self.norm(x)
-
-
-class PatchEmbed(nnx.Module):
-    """Cut frames into squares and project each: the reference's 3-D convolution of one frame, as a matrix product."""
-
-    def __init__(self, side: int, width: int, *, rngs: nnx.Rngs) -> None:
-        bound = 1 / math.sqrt(side * side * 3)  # PyTorch's default for a convolution, which the reference keeps
-        shape = (side, side, 3, width)
-        weight = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
-        bias = jax.random.uniform(rngs.params(), shape[-1:], jnp.float32, -bound, bound)
-        self.w = layers.param(weight, (None, None, None, "vision_embed"))
-        self.b = layers.param(bias, ("vision_embed",))
-
-    def __call__(self, pixels: Float[Array, "B T height width 3"]) -> Float[Array, "B P E"]:
-        weight = self.w[...].astype(pixels.dtype)
-        clips, frames, height, width, channels = pixels.shape
-        side = weight.shape[0]
-        cut = pixels.reshape(clips, frames, height // side, side, width // side, side, channels)
-        squares = cut.transpose(0, 1, 2, 4, 3, 5, 6).reshape(clips, -1, side * side * channels)
-        return squares @ weight.reshape(-1, weight.shape[-1]) + self.b[...].astype(pixels.dtype)
+        x = x + jnp.asarray(table, x.dtype)
+        return self.norm(patches.through(self.blocks, x, remat=config.remat))
 
 
 class Block(nnx.Module):
@@ -186,59 +154,12 @@ def positions(
     table = table.reshape(base_frames, pretrain_grid, pretrain_grid, embed_dim)
     if grid != pretrain_grid:
         for axis in (2, 1):  # along the width first, as the reference rounds
-            table = _resample(table, axis, grid, _cubic)
+            table = patches.resample(table, axis, grid, patches.cubic)
     if frames != base_frames:
-        table = _resample(table, 0, frames, _linear)
+        table = patches.resample(table, 0, frames, patches.linear)
     table = table.reshape(-1, embed_dim)
     table.setflags(write=False)
     return table
-
-
-def stretch(table: Float[ndarray, "T Y X E"], frames: int, rows: int, cols: int) -> Float[ndarray, "t y x E"]:
-    """A table of learned positions for another clip: bicubic within a frame, linear along time."""
-    for axis, length, kernel in ((2, cols, _cubic), (1, rows, _cubic), (0, frames, _linear)):
-        if table.shape[axis] != length:
-            table = _resample(table, axis, length, kernel)
-    return table
-
-
-def stretching(old: int, new: int) -> Float[ndarray, "new old"]:
-    """The matrix that stretches one side of a grid, for positions that are parameters (bicubic)."""
-    return _resample(np.eye(old, dtype=np.float32), 0, new, _cubic)
-
-
-def _resample(
-    table: np.ndarray, axis: int, length: int, kernel: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-) -> np.ndarray:
-    """Stretch one axis to `length` (`torch.nn.functional.interpolate`, align_corners False), the border repeated."""
-    old = table.shape[axis]
-    where = (np.arange(length, dtype=np.float32) + np.float32(0.5)) * np.float32(old / length) - np.float32(0.5)
-    offsets, weights = kernel(where - np.floor(where))
-    out: np.ndarray | None = None
-    for offset, weight in zip(offsets, weights, strict=True):
-        taken = np.take(table, np.clip(np.floor(where).astype(int) + offset, 0, old - 1), axis)
-        weight = weight.astype(np.float32).reshape([-1 if i == axis else 1 for i in range(table.ndim)])
-        # One rounding for each multiply and add, like the fused instruction the recorded tables come from.
-        out = taken * weight if out is None else (taken.astype(np.float64) * weight + out).astype(np.float32)
-    assert out is not None
-    return out
-
-
-def _linear(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([1, 0]), np.stack([t, 1 - t])
-
-
-def _cubic(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """PyTorch's bicubic weights: a = -0.75 (`jax.image.resize` has -0.5)."""
-    a = -0.75
-
-    def near(x: np.ndarray) -> np.ndarray:
-        return ((a + 2) * x - (a + 3)) * x * x + 1
-
-    def far(x: np.ndarray) -> np.ndarray:
-        return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
-
-    return np.array([0, -1, 1, 2]), np.stack([near(t), far(t + 1), near(1 - t), far(2 - t)])
 
 
 _TOWER = "model.vision_tower.vision_tower.encoder"

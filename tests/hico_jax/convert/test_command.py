@@ -6,6 +6,9 @@ import errno
 import json
 import pathlib
 import shutil
+import signal
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ import pytest
 import safetensors.numpy
 
 from hico_jax import cli
-from hico_jax.convert import export, safetensors_io
+from hico_jax.convert import export, load, safetensors_io
 from tests.hico_jax.convert import pickled
 
 CHECKPOINTS = ("F_umt224_ckpt", "F_internvideo2_ckpt", "I_internvl_hico_ckpt")
@@ -107,6 +110,13 @@ def test_files_that_are_wrong(folder, tmp_path, capsys):
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-100])
     assert "is damaged" in refused(capsys, tmp_path, "convert", folder, tmp_path / "ours")
+    (folder / "model.safetensors").write_bytes(whole)
+    assert run("export", folder, tmp_path / "shards", "--max-shard-bytes", 50_000) == cli.OK
+    capsys.readouterr()
+    last = max((tmp_path / "shards").glob("*.safetensors"))
+    last.write_bytes(last.read_bytes()[:-1])
+    said = refused(capsys, tmp_path, "convert", tmp_path / "shards", tmp_path / "ours")
+    assert f"{last} is damaged" in said
     (folder / "model.safetensors").unlink()
     index = {"weight_map": {NORM: "model-00001-of-00002.safetensors"}}
     (folder / safetensors_io.INDEX).write_text(json.dumps(index))
@@ -163,12 +173,43 @@ def test_a_full_disk(folder, tmp_path, capsys, monkeypatch, verb):
 
 
 def test_an_interruption_leaves_nothing(folder, tmp_path, capsys, monkeypatch):
+    """Of a new folder, and of one that was to be replaced."""
+    assert run("convert", folder, tmp_path / "ours") == cli.OK
+    before = {p: p.read_bytes() for p in (tmp_path / "ours").iterdir()}
+
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(safetensors_io, "write_file", stop)
-    assert run("convert", folder, tmp_path / "ours") == cli.INTERRUPTED
-    assert [p.name for p in tmp_path.iterdir()] == ["released"]
+    assert run("convert", folder, tmp_path / "new") == cli.INTERRUPTED
+    assert run("export", tmp_path / "ours", tmp_path / "out") == cli.INTERRUPTED
+    assert run("convert", folder, tmp_path / "ours", "--overwrite") == cli.INTERRUPTED
+    assert {p.name for p in tmp_path.iterdir()} == {"released", "ours"}
+    assert {p: p.read_bytes() for p in (tmp_path / "ours").iterdir()} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0, 3, 30])
+def test_a_kill_leaves_nothing_that_looks_complete(folder, tmp_path, after):
+    """SIGKILL while tensor number `after` is written; the same command then succeeds."""
+    line = ["convert", str(folder), str(tmp_path / "ours")]
+    code = f"""
+import os, signal
+from hico_jax import cli
+from hico_jax.convert import native
+real, count = native.Tally.add, iter(range(10**6))
+def add(*args):
+    if next(count) == {after}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+native.Tally.add = add
+cli.main({line!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "ours").exists()
+    assert run(*line) == cli.OK
+    assert load.load(tmp_path / "ours").config == load.load(folder).config
 
 
 def test_what_is_there_is_replaced_only_when_asked(folder, tmp_path, capsys):

@@ -76,10 +76,23 @@ def test_weights_are_never_random_first(folder, monkeypatch):
     assert all(drawn)
 
 
-def test_onto_a_mesh(folder, tiny_model):
+def test_onto_a_mesh(folder, tiny_model, monkeypatch):
+    """Each shard is read from disk as it is: a parameter that is spread is never whole in memory."""
+    read = []
+    real = load.Part.__getitem__
+
+    def recorded(part, index):
+        made = real(part, index)
+        read.append((part._rule.path, made.shape))
+        return made
+
+    monkeypatch.setattr(load.Part, "__getitem__", recorded)
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
     _, model, _ = load.load(folder, mesh=mesh)
     equal(model, tiny_model)
+    leaves = load.by_path(nnx.split(model)[1])
+    assert {path for path, _ in read} == set(leaves)
+    assert all(shape == leaves[path].sharding.shard_shape(leaves[path].shape) for path, shape in read)
     split = [leaf for leaf in jax.tree.leaves(model) if leaf.sharding.shard_shape(leaf.shape) != leaf.shape]
     assert len(split) > 20
     assert model.vision.blocks.up.w.get_metadata("axes") == ("vision_embed", "mlp")

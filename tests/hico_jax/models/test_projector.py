@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,17 +9,24 @@ from flax import nnx
 
 from hico_jax.models import layers, projector
 from hico_jax.models.compress.tome import ToMeConfig
+from tests import golden_rows
+
+
+class Sizes(NamedTuple):
+    """What builds a projector."""
+
+    inward: int
+    outward: int
+
+    def build(self, *, rngs):
+        return projector.Projector(*self, rngs=rngs)
 
 
 def filled(tensors):
-    module = projector.Projector(tensors["mlp.0.weight"].shape[1], tensors["mlp.0.weight"].shape[0], rngs=nnx.Rngs(0))
-    for rule in projector.TORCH_NAMES:
-        _, layer, name = rule.path.split("/")
-        parameter = getattr(getattr(module, layer), name)
-        value = rule.to_ours(tensors[rule.torch.removeprefix("model.mm_projector.")])
-        assert value.shape == parameter.get_value().shape
-        parameter.set_value(jnp.asarray(value))
-    return module
+    sizes = Sizes(*tensors["mlp.0.weight"].shape[::-1])
+    return golden_rows.filled(
+        sizes, projector.TORCH_NAMES, tensors, ours="projector", theirs="model.mm_projector.", layers=1
+    )
 
 
 def test_recorded_reference(golden):

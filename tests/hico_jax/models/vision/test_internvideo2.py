@@ -6,9 +6,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from hico_jax.models.compress import tome
-from hico_jax.models.projector import TORCH_NAMES as PROJECTOR
-from hico_jax.models.projector import Projector
 from hico_jax.models.vision import internvideo2
 from tests import golden_rows
 
@@ -49,27 +46,6 @@ def test_recorded_towers(golden, name):
         np.testing.assert_allclose(
             tower.patch(jnp.asarray(pixels[:1]))[:, :64], tensors["patch_embed_first64"], atol=1e-5
         )
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("name", ["v224_f4", "i224"])
-def test_recorded_merging_and_projection(golden, name):
-    """From the recorded output of the tower, so that this can fail alone."""
-    case = golden.case("D_projector", f"iv2_{name}")
-    tensors, weights = golden.tensors(case["file"]), golden.tensors(case["config"]["weights_file"])
-    patches = golden.tensors(f"C_internvideo2_{name}.safetensors")["out"]
-    patches = jnp.asarray(patches)
-    merged = tome.merge(patches, 64, case["config"]["heads"])
-    np.testing.assert_allclose(merged, tensors["merged"], atol=1e-5)
-
-    class Config:
-        def build(self, *, rngs):
-            return Projector(64, 72, rngs=rngs)
-
-    projector = golden_rows.filled(
-        Config(), PROJECTOR, weights, ours="projector", theirs="model.mm_projector.", layers=1
-    )
-    np.testing.assert_allclose(projector(merged), tensors["out"], atol=1e-5)
 
 
 @pytest.mark.parity

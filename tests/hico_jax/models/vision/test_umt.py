@@ -11,29 +11,14 @@ from flax import nnx
 
 from hico_jax.models import layers
 from hico_jax.models.vision import umt
+from tests import golden_rows
 
 TINY = umt.VARIANTS["tiny"]
 PREFIX = "model.vision_tower.vision_tower."
 
 
 def filled(config: umt.UMTConfig, tensors: dict[str, np.ndarray]) -> umt.UMT:
-    """A tower with recorded weights, by its own table of names."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))
-    flat, tree = jax.tree_util.tree_flatten_with_path(state)
-    values = {}
-    for rule in umt.TORCH_NAMES:
-        names = [name.removeprefix(PREFIX) for name in rule.names(config.num_blocks)]
-        ours = [rule.to_ours(tensors[name], {"H": config.num_heads}) for name in names]
-        values[rule.path.removeprefix("vision/")] = np.stack(ours) if rule.stacked else ours[0]
-    used = {name.removeprefix(PREFIX) for rule in umt.TORCH_NAMES for name in rule.names(config.num_blocks)}
-    assert used == set(tensors)
-    leaves = []
-    for path, leaf in flat:
-        value = values.pop("/".join(k.key for k in path if isinstance(k, jax.tree_util.DictKey)))
-        assert value.shape == leaf.shape
-        leaves.append(jnp.asarray(value))
-    assert not values
-    return nnx.merge(graph, jax.tree_util.tree_unflatten(tree, leaves))
+    return golden_rows.filled(config, umt.TORCH_NAMES, tensors, ours="vision", theirs=PREFIX, layers=config.num_blocks)
 
 
 def recorded_pixels(golden, config):
