@@ -52,7 +52,7 @@ def read_turns(conversation: Sequence[Mapping[str, str]]) -> list[tuple[str, str
     Raises:
       ValueError: a turn with neither pair of keys, or a content that is not text.
     """
-    turns = []
+    turns: list[tuple[str, str]] = []
     for i, turn in enumerate(conversation):
         keys = ("from", "value") if "from" in turn else ("role", "content")
         role, content = turn.get(keys[0]), turn.get(keys[1])
@@ -60,6 +60,8 @@ def read_turns(conversation: Sequence[Mapping[str, str]]) -> list[tuple[str, str
             raise ValueError(
                 f"turn {i} has keys {sorted(turn)}; give 'from' and 'value', or 'role' and 'content', as text"
             )
+        if any("\ud800" <= c <= "\udfff" for c in content):
+            raise ValueError(f"turn {i} holds half of a surrogate pair (U+D800 to U+DFFF), which is no text")
         turns.append((ROLES.get(role, role), content))
     return turns
 
