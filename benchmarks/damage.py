@@ -2,10 +2,11 @@
 
     python benchmarks/damage.py --items 1000
 
-Each dataset of the mixture is whole in one half and damaged in the other: flipped bits, cuts, bytes of another file, empty
-files, missing files; in annotations also wrong types, missing keys and lines that are no JSON. A damaged sample may
-turn out to be readable (a flipped bit in a pixel), else it must be a masked row that is counted by source and reason and
-named by its id. A sound sample must never be counted. A crash, a hang or another sample in its place ends with code 1.
+Each dataset of the mixture is whole in one half and damaged in the other: flipped bits, cuts, bytes of another file,
+empty files, missing files; in annotations also wrong types, missing keys and lines that are no JSON. A damaged sample
+may turn out to be readable (a flipped bit in a pixel), else it must be a masked row that is counted by source and
+reason and named by its id. A sound sample must never be counted. A crash, a hang or another sample in its place ends
+with code 1.
 """
 
 from __future__ import annotations
