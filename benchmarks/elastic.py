@@ -109,7 +109,7 @@ def life(workdir: pathlib.Path, data: pathlib.Path, machine: str, steps: int, mo
                 subprocess.Popen(command, env=shared | told if processes > 1 else shared, stdout=log, stderr=log)
             )
     for rank, process in enumerate(started):
-        if process.wait(900):
+        if process.wait():
             raise SystemExit(f"{machine}, process {rank}: {(workdir / f'log{rank}').read_text()[-3000:]}")
 
 
