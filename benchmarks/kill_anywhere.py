@@ -132,15 +132,15 @@ def life(
         with (workdir / f"log{rank or ''}").open("a") as log:
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     try:
-        code = processes[0].wait(600 if delay is None else delay)
+        code = processes[0].wait(3600 if delay is None else delay)  # long: the machine may be stopped meanwhile
     except subprocess.TimeoutExpired:
-        assert delay is not None, "a life took more than ten minutes: it hangs"
+        assert delay is not None, "a life took more than an hour: it hangs"
         processes[0].send_signal(getattr(signal, f"SIG{args.signal}"))
-        code = processes[0].wait(120)
+        code = processes[0].wait(1200)
     for other in processes[1:]:  # a pod's scheduler takes the others down too
         if code not in (0, AGAIN):
             other.kill()
-        other.wait(120)
+        other.wait(1200)
     return code
 
 

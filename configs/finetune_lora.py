@@ -9,8 +9,9 @@ Run:    hico train --config=configs/finetune_lora.py:umt_qwen2_7b --config.workd
 Ask:    hico ask a.mp4 "What happens?" --model runs/mine     (adapters are merged as it loads)
 Laptop: the same with :nano, --config.init.parent=runs/nano3 instead of weights, and --config.data.tokenizer=world
 
-After the colon: base=int8 is to hold the adapted weights in 8 bits (QLoRA; not proven yet);
-parts=llm, or all (tower and projector too).
+PEFT:   hico export runs/mine out/adapter --part adapter
+
+After the colon: base=int8 holds the adapted weights in 8 bits (QLoRA); parts=llm, or all (tower and projector too).
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ class Sample:
     reader: str | None = None
     dataset: int = 0  # which entry of the YAML
     weight: float = 1.0  # of that entry
+    fault: str = ""  # why its annotation cannot be used; it keeps its place in the order of data
 
     @property
     def num_words(self) -> int:
@@ -62,11 +63,14 @@ class Sample:
         return self.num_words + {"image": IMAGE_TOKENS, "video": FRAME_TOKENS * max_frames, "text": 0}[self.media]
 
 
-def read_annotations(path: str | os.PathLike[str], data_root: str = "", *, seed: int = 0) -> list[Sample]:
+def read_annotations(
+    path: str | os.PathLike[str], data_root: str = "", *, seed: int = 0, strict: bool = True
+) -> list[Sample]:
     """All samples that a YAML, or a single JSON or JSONL file, names.
 
     `data_root` applies where the YAML gives none. Relative roots are below the YAML's folder. Without any root, media
     paths are taken as written, relative ones below the YAML's folder. `seed` decides what `random:N` takes.
+    A damaged item (or line of a .jsonl) is an error, or, if not `strict`, a sample that tells its `fault`.
 
     Raises:
       ValueError: a file or an entry is not as described; the message names the file and the entry.
@@ -83,7 +87,7 @@ def read_annotations(path: str | os.PathLike[str], data_root: str = "", *, seed:
         where = f"{path}, dataset {number}"
         weight = check_entry(entry, where)
         if weight:
-            found = _read_dataset(path.parent, entry, where, data_root, seed)
+            found = _read_dataset(path.parent, entry, where, data_root, seed, strict)
             samples += [dataclasses.replace(s, dataset=number, weight=weight) for s in found]
     if not samples:
         raise ValueError(f"{path}: no sample is left; check sampling_strategy and weight of its datasets")
@@ -158,26 +162,41 @@ def read_yaml(path: pathlib.Path) -> list[Any]:
     return content["datasets"]
 
 
-def _read_dataset(folder: pathlib.Path, entry: dict[str, Any], where: str, data_root: str, seed: int) -> list[Sample]:
+def _read_dataset(
+    folder: pathlib.Path, entry: dict[str, Any], where: str, data_root: str, seed: int, strict: bool
+) -> list[Sample]:
     file = folder / entry["json_path"]
-    items = _read_items(file)
+    items = list(iter_items(file))
     try:
         taken = take(list(enumerate(items)), entry.get("sampling_strategy", "all"), seed=seed)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     root = None if entry.get("media_type") == "mix" else entry.get("data_root") or data_root or None
     reader = entry.get("video_read_type")
-    samples = [parse_item(f"{file}, item {i}", file.name, i, item, folder, root, reader) for i, item in taken]
+    samples: list[Sample] = []
+    for i, item in taken:
+        place = f"{file}, item {i}"
+        try:
+            samples.append(parse_item(place, file.name, i, item, folder, root, reader))
+        except ValueError as error:
+            if strict:
+                raise
+            samples.append(_faulty(file.name, i, item, str(error).removeprefix(f"{place}: ")))
     _check_some_exist(samples, where)
     return samples
 
 
-def _read_items(file: pathlib.Path) -> list[Any]:
-    items = list(iter_items(file))
-    for item in items:
-        if isinstance(item, ValueError):
-            raise item
-    return items
+def _faulty(source: str, index: int, item: Any, fault: str) -> Sample:
+    """An item that is none, with the kind that it seems to have: a grouped batch keeps its kind."""
+    told = item if isinstance(item, dict) else {}
+    media = next((m for m in MEDIA if m in told), "text")
+    words = {"from": "gpt", "value": "damaged"}  # one word: batches are grouped by words, and 0 has no sign
+    return Sample(_identity(told, source, index), source, media, (), (words,), fault=fault)
+
+
+def _identity(item: Mapping[str, Any], source: str, index: int) -> str:
+    """An item's own id, or its place; as text that any terminal can print."""
+    return str(item.get("id", f"{source}:{index}")).encode("utf-8", "replace").decode()
 
 
 def iter_items(file: pathlib.Path) -> Iterator[Any]:
@@ -187,20 +206,20 @@ def iter_items(file: pathlib.Path) -> Iterator[Any]:
       ValueError: the file as a whole cannot be read.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        content = file.read_bytes()
     except FileNotFoundError as error:
         raise ValueError(f"{file}: no such annotation file") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ValueError(f"{file}: this annotation file cannot be read: {error}") from error
     if file.suffix == ".jsonl":
-        for n, line in enumerate(text.split("\n"), 1):
+        for n, line in enumerate(content.split(b"\n"), 1):
             if line.strip():
                 try:
                     yield _parse(line, f"{file}, line {n}")
                 except ValueError as error:
                     yield error
         return
-    items = _parse(text, str(file))
+    items = _parse(content, str(file))
     if not isinstance(items, list):
         raise ValueError(
             f"{file}: expected a list of samples, found {type(items).__name__}; name it .jsonl if it has one a line"
@@ -208,10 +227,10 @@ def iter_items(file: pathlib.Path) -> Iterator[Any]:
     yield from items
 
 
-def _parse(text: str, where: str) -> Any:
+def _parse(content: bytes, where: str) -> Any:
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        return json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of too many digits
         raise ValueError(f"{where}: not JSON ({error})") from error
 
 
@@ -223,6 +242,8 @@ def parse_item(
     Raises:
       ValueError: it is not as described.
     """
+    if isinstance(item, ValueError):
+        raise item
     if not isinstance(item, dict) or not isinstance(item.get("conversations"), list) or not item["conversations"]:
         raise ValueError(f"{where}: expected an object with a list `conversations`; found {item!r:.200}")
     if not all(isinstance(turn, dict) for turn in item["conversations"]):
@@ -241,11 +262,14 @@ def parse_item(
         raise ValueError(f"{where}: video_read_type is {chosen!r}; it must be one of {', '.join(READERS)}")
     try:
         start, end = (None if item.get(k) is None else float(item[k]) for k in ("start", "end"))
+        if not all(math.isfinite(t) for t in (start, end) if t is not None):
+            raise ValueError(f"the clip {start} to {end} s is not finite")
         paths = tuple(_place(n, folder, root) for n in names)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where}: {error}") from error
-    identity = str(item.get("id", f"{source}:{index}"))
-    return Sample(identity, source, media, paths, tuple(item["conversations"]), start, end, chosen)
+    return Sample(
+        _identity(item, source, index), source, media, paths, tuple(item["conversations"]), start, end, chosen
+    )
 
 
 def _place(name: str, folder: pathlib.Path, root: str | None) -> str:

@@ -9,9 +9,10 @@ Next: data_pipeline/layout.py
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 
-from data_pipeline.tokenizer import IMAGE_TEXT, Tokenizer, encode_media
+from data_pipeline.tokenizer import IMAGE_TEXT, Tokenizer, encode_guarded, encode_media, guard
 from hico_jax.shapes import ndarray
 
 IGNORE = -100  # a label that is not learnt
@@ -57,7 +58,7 @@ def read_turns(conversation: Sequence[Mapping[str, str]]) -> list[tuple[str, str
     Raises:
       ValueError: a turn with neither pair of keys, or a content that is not text.
     """
-    turns = []
+    turns: list[tuple[str, str]] = []
     for i, turn in enumerate(conversation):
         keys = ("from", "value") if "from" in turn else ("role", "content")
         role, content = turn.get(keys[0]), turn.get(keys[1])
@@ -65,6 +66,8 @@ def read_turns(conversation: Sequence[Mapping[str, str]]) -> list[tuple[str, str
             raise ValueError(
                 f"turn {i} has keys {sorted(turn)}; give 'from' and 'value', or 'role' and 'content', as text"
             )
+        if any("\ud800" <= c <= "\udfff" for c in content):
+            raise ValueError(f"turn {i} holds half of a surrogate pair (U+D800 to U+DFFF), which is no text")
         turns.append((ROLES.get(role, role), content))
     return turns
 
@@ -86,13 +89,19 @@ def place_media(turns: Sequence[tuple[str, str]], message: str = "") -> list[tup
 
 
 def encode_chat(
-    tokenizer: Tokenizer, turns: Sequence[tuple[str, str]], *, has_media: bool, system: str | None = None
+    tokenizer: Tokenizer,
+    turns: Sequence[tuple[str, str]],
+    *,
+    has_media: bool,
+    system: str | None = None,
+    guarded: bool = True,
 ) -> Encoded:
     """Ids and labels of a conversation for training (`preprocess_qwen`).
 
     Each block is tokenized on its own. Assistant blocks are labelled whole; besides, every newline and chat mark
     is labelled wherever it stands, so the model also learns to open and close turns. A first turn that is not the
-    user's is dropped. Without media, `<image>` is ordinary text.
+    user's is dropped. Without media, `<image>` is ordinary text, and so are control tokens in a turn, which the
+    reference obeys (`guarded=False`).
 
     Raises:
       ValueError: no turn is left.
@@ -104,8 +113,8 @@ def encode_chat(
     ids, labels = _start(tokenizer)
     template = TEMPLATES["qwen_2"]
     for role, content in [("system", template.system if system is None else system), *kept]:
-        text = _block(role, content, template)
-        block = encode_media(tokenizer, text) if has_media else tokenizer.encode(text)
+        text = _block(role, content, template, tokenizer.marks if guarded else None)
+        block = encode_media(tokenizer, text) if has_media else encode_guarded(tokenizer, text)
         learnt = role not in ("user", "system")
         ids += block
         labels += [i if i >= 0 and (learnt or i in always) else IGNORE for i in block]
@@ -123,7 +132,7 @@ def encode_plain(tokenizer: Tokenizer, turns: Sequence[tuple[str, str]]) -> Enco
             f"the plain template needs two turns, the first with {IMAGE_TEXT}; this sample has {len(turns)}"
         )
     ids, labels = _start(tokenizer)
-    block = encode_media(tokenizer, f"{IMAGE_TEXT}{turns[1][1]}\n")
+    block = encode_media(tokenizer, f"{IMAGE_TEXT}{guard(turns[1][1], tokenizer.marks)}\n")
     return Encoded(ids + block, labels + [i if i >= 0 else IGNORE for i in block])
 
 
@@ -177,8 +186,11 @@ def prompt_text(
     template: str = "qwen_2",
     system: str | None = None,
     answer: bool = True,
+    marks: re.Pattern[str] | None = None,
 ) -> str:
     """The whole dialogue as text, ending where the assistant is to answer. A leading system message is used as such.
+
+    `marks` (a tokenizer's) are guarded where they stand in somebody's words.
 
     Raises:
       ValueError: unknown template or malformed message.
@@ -189,7 +201,7 @@ def prompt_text(
     turns = read_turns(messages)
     if not turns or turns[0][0] != "system":
         turns.insert(0, ("system", chosen.system if system is None else system))
-    text = "".join(_block(role, content, chosen) for role, content in turns)
+    text = "".join(_block(role, content, chosen, marks) for role, content in turns)
     return text + ("<|im_start|>assistant\n" if answer else "")
 
 
@@ -197,7 +209,7 @@ def prompt_ids(
     tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], *, template: str = "qwen_2", system: str | None = None
 ) -> list[int]:
     """Ids of the prompt, with a placeholder per `<image>`."""
-    text = prompt_text(messages, template=template, system=system)
+    text = prompt_text(messages, template=template, system=system, marks=tokenizer.marks)
     return _start(tokenizer)[0] + encode_media(tokenizer, text)
 
 
@@ -210,5 +222,7 @@ def _start(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return ([], []) if tokenizer.bos_id is None else ([tokenizer.bos_id], [IGNORE])
 
 
-def _block(role: str, content: str, template: Template) -> str:
+def _block(role: str, content: str, template: Template, marks: re.Pattern[str] | None) -> str:
+    if marks is not None:
+        role, content = guard(role, marks), guard(content, marks)
     return f"<|im_start|>{role}\n{content.replace(IMAGE_TEXT, template.media)}{template.end}"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import av
@@ -196,15 +196,26 @@ def _probe(path: str, container: str, *, whole: bool) -> tuple[Any, int, list[fl
 # --- decoding ----------------------------------------------------------------------------------------------------
 
 
-def _decode(film: Any, stream: Any) -> Iterator[Any]:
-    """Frames in display order from where the file stands; packets that do not decode are passed over."""
+def _decode(film: Any, stream: Any, wanted: Container[int] | None = None) -> Iterator[Any]:
+    """Frames in display order from where the file stands; packets that do not decode are passed over.
+
+    With `wanted` (display times) other frames may be missing: those that no frame leans on are not decoded, about half
+    of a usual H.264 film. Only that format says for certain which they are.
+    """
     context = stream.codec_context
     packets = film.demux(stream)
+    if context.name != "h264":
+        wanted = None
+    skips = False
     while True:
         try:
             packet = next(packets, None)
         except LEAKS:
             packet = None  # the rest of the file is unreadable: give what was read
+        if wanted is not None:
+            skip = packet is not None and packet.pts is not None and packet.pts not in wanted
+            if skip != skips:
+                context.skip_frame, skips = "NONREF" if skip else "DEFAULT", skip
         try:
             frames = context.decode(packet)
         except EOFError:
@@ -235,13 +246,14 @@ def _jumping(path: str, index: FilmIndex, wanted: ndarray) -> Iterator[Any]:
     with _open(path, index.container) as film:
         stream = _video_stream(path, film)
         _set_threads(stream.codec_context, index)
-        source, position = _decode(film, stream), 0  # `position`: index of the frame that comes next
+        needed = set(times[wanted].tolist())
+        source, position = _decode(film, stream, needed), 0  # `position`: index of the frame that comes next
         for target in wanted:
             key, decode_time = keys[np.searchsorted(keys[:, 0], target, side="right") - 1]
             jumped = key - position > SEEK_COST
             if jumped:
                 film.seek(int(decode_time), stream=stream, backward=True, any_frame=False)
-                source = _decode(film, stream)
+                source = _decode(film, stream, needed)
             frame = None
             for frame in source:
                 if jumped and (frame.pts is None or frame.pts > times[target] or not _is_start(frame)):

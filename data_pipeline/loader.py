@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,6 +19,7 @@ import os
 import re
 import tempfile
 import threading
+import zlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -49,6 +51,7 @@ class Info:
     bad: tuple[str, ...]  # "id (source): reason" of rows that became masked dummies
     bad_total: Mapping[str, int]  # bad samples of each source since the start
     bad_reasons: Mapping[str, int]  # the same by source and kind of fault
+    order: int = 0  # CRC-32 of the ids of the whole global batch, in order: the same for any number of hosts
 
 
 class Loaded(NamedTuple):
@@ -103,10 +106,23 @@ def make_loader(
     if prepared:
         samples = records.read_samples(prepared)
     else:
-        samples = read_annotations(config.annotations, config.data_root, seed=config.seed)
+        samples = read_annotations(config.annotations, config.data_root, seed=config.seed, strict=False)
+    _check_known(samples, config.max_bad_fraction)
     plan = Plan(config, geometry, samples, tokenizer, process_index, process_count)
     plan.media = records.Media(prepared) if prepared else None
     return Loader(plan, start)
+
+
+def _check_known(samples: Sequence[Sample], share: float) -> None:
+    """Damaged annotations are known before the first step: more than allowed stop the run at once."""
+    known = [s for s in samples if s.fault]
+    if known and len(known) > share * len(samples):
+        first = known[0]
+        raise TooManyBadSamplesError(
+            f"{len(known)} of {len(samples)} annotations cannot be used, more than data.max_bad_fraction ({share:g}) "
+            f"allows; by source: {dict(collections.Counter(s.source for s in known))}; the first is {first.id} "
+            f"({first.source}): {first.fault}"
+        )
 
 
 class Plan:
@@ -157,7 +173,7 @@ class Plan:
                 if np.array_equal(kept["key"], key):
                     return kept["tokens"]
         with concurrent.futures.ThreadPoolExecutor(c.read_threads) as pool:
-            tokens = np.fromiter(pool.map(lambda i: len(self._lay_out(i, 0)[0].row), range(len(self.samples))), int)
+            tokens = np.fromiter(pool.map(self._length, range(len(self.samples))), int)
         if file:
             os.makedirs(os.path.dirname(file) or ".", exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=os.path.dirname(file) or ".", suffix=".npz", delete=False) as new:
@@ -165,12 +181,21 @@ class Plan:
             os.replace(new.name, file)
         return tokens
 
+    def _length(self, index: int) -> int:
+        with contextlib.ExitStack() as held:
+            return len(self._lay_out(index, 0, held)[0].row)
+
     def _named(self) -> str:
         return hashlib.sha256(repr([(s.id, s.source) for s in self.samples]).encode()).hexdigest()
 
     def fingerprint(self) -> str:
         """Changes when a saved position would no longer name the same rows."""
         return hashlib.sha256(f"{self._named()} {self.index.digest()}".encode()).hexdigest()[:16]
+
+    def order(self, step: int) -> int:
+        """A check sum of which samples make a step's global batch, and in which order."""
+        rows = [self.index.row(step, place) for place in range(self.config.batch_size)]
+        return zlib.crc32(repr([[self.samples[i].id for i in row] for row in rows]).encode())
 
     def make(self, number: int) -> Made:
         """Row `number` of this host: row p of every `hosts` rows of a global batch is host p's.
@@ -182,9 +207,10 @@ class Plan:
         epoch = self.index.locate(step)[0]
         first = local * self.hosts
         mine = self.index.row(step, first + self.host)
-        laid, faults = self._lay_out_all(mine, epoch)
-        sizes = self._sizes(layout.pack([lay.row for lay in laid], self.geometry))
-        parts = [self._read(lay, fault) for lay, fault in zip(laid, faults, strict=True)]
+        with contextlib.ExitStack() as held:  # its files, from their headers to their pixels
+            laid, faults = self._lay_out_all(mine, epoch, held)
+            sizes = self._sizes(layout.pack([lay.row for lay in laid], self.geometry))
+            parts = [self._read(lay, fault) for lay, fault in zip(laid, faults, strict=True)]
         rows = [row for row, _ in parts]
         if self.config.position_skip:
             rng = np.random.default_rng((self.config.seed, step, first + self.host))
@@ -192,15 +218,18 @@ class Plan:
         if self.hosts > 1 and (not self.fixed or self.geometry.drop.num_stages):
             for place in range(first, first + self.hosts):
                 if place != first + self.host:
-                    others, _ = self._lay_out_all(self.index.row(step, place), epoch)
+                    with contextlib.ExitStack() as held:
+                        others, _ = self._lay_out_all(self.index.row(step, place), epoch, held)
                     sizes = sizes.union(self._sizes(layout.pack([lay.row for lay in others], self.geometry)))
         return Made(mine, layout.pack(rows, self.geometry), sizes, tuple(fault for _, fault in parts))
 
-    def _lay_out_all(self, samples: Sequence[int], epoch: int) -> tuple[list[Lay], list[str]]:
+    def _lay_out_all(
+        self, samples: Sequence[int], epoch: int, held: contextlib.ExitStack
+    ) -> tuple[list[Lay], list[str]]:
         """The conversations of one row. What does not fit although it was planned to is left out, and counted."""
         laid, faults, length = [], [], 0
         for sample in samples:
-            lay, fault = self._lay_out(sample, epoch)
+            lay, fault = self._lay_out(sample, epoch, held)
             if laid and not fault and length + len(lay.row) > self.config.pack:
                 lay, fault = self._dummy(), f"{len(lay.row)} tokens, longer than planned: its packed row has no room"
             length += len(lay.row)
@@ -224,11 +253,11 @@ class Plan:
             return self._dummy().row, _reason(error)
         return dataclasses.replace(laid.row, clips=kept.clips, tiles=kept.tiles), ""
 
-    def _lay_out(self, index: int, epoch: int) -> tuple[Lay, str]:
+    def _lay_out(self, index: int, epoch: int, held: contextlib.ExitStack) -> tuple[Lay, str]:
         rng = np.random.default_rng((self.config.seed, epoch, index))
         try:
             sample = self.samples[index]
-            sample = self.media.local(sample) if self.media else sample
+            sample = self.media.local(sample, held) if self.media else sample
             return lay_out(sample, self.config, self.geometry, self.tokenizer, rng), ""
         except ValueError as error:
             return self._dummy(), _reason(error)
@@ -295,6 +324,7 @@ class Loader:
             bad=tuple(f"{s.id} ({s.source}): {fault}" for s, fault in faults),
             bad_total=dict(self._bad),
             bad_reasons=dict(self._reasons),
+            order=self.plan.order(self._step),
         )
         self._step += 1
         return Loaded(batch, info)

@@ -13,13 +13,17 @@ Next: data_pipeline/loader.py
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 import threading
+import time
 from typing import Any
 
 from etils import epath
@@ -65,7 +69,11 @@ def _source(folder: str, split: str) -> Any:
 
 
 class Media:
-    """Puts the media of a sample on local disk, where the decoders can seek; keeps the newest `limit_mb`."""
+    """Puts the media of a sample on local disk, where the decoders can seek; keeps the newest `limit_mb`.
+
+    Readers are threads of several processes and share the files. What a row is being made of holds a lock on its
+    files, and only files that nobody holds are removed: a row never loses one between its header and its pixels.
+    """
 
     def __init__(self, folder: str, limit_mb: int = 4096) -> None:
         self.folder, self.limit = folder, limit_mb << 20
@@ -76,7 +84,6 @@ class Media:
 
     def _open(self) -> None:
         self._source: Any = None
-        self._held: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -86,46 +93,88 @@ class Media:
         self.__dict__.update(state)
         self._open()
 
-    def local(self, sample: Sample) -> Sample:
-        """The sample with paths on this machine.
+    def local(self, sample: Sample, held: contextlib.ExitStack) -> Sample:
+        """The sample with paths on this machine, which stay until `held` is closed.
 
         Raises:
           ValueError: its record cannot be read.
         """
         if not any(p.startswith(SCHEME) for p in sample.paths):
             return sample
-        return dataclasses.replace(sample, paths=tuple(self._place(p) for p in sample.paths))
+        return dataclasses.replace(sample, paths=tuple(self._place(p, held) for p in sample.paths))
 
-    def _place(self, path: str) -> str:
+    def _place(self, path: str, held: contextlib.ExitStack) -> str:
         first, count, kind, name = path.removeprefix(SCHEME).split(":", 3)
         target = self.cache / f"{first}-{name}"
-        with self._lock:
-            if target.exists():
-                os.utime(target)
-                return str(target)
-            if self._source is None:
-                self._source = _source(self.folder, "media")
-            try:
-                items = [self._source[int(first) + i] for i in range(int(count))]
-            except Exception as error:  # whatever a damaged record makes the reader raise
-                raise ValueError(f"record {first} of {self.folder} cannot be read: {type(error).__name__}") from error
-            if kind == "file" and not items[0]["content"]:
-                raise ValueError(f"{name}: was missing or empty when the records were made")
-            self.cache.mkdir(parents=True, exist_ok=True)
-            part = pathlib.Path(tempfile.mkdtemp(dir=self.cache, prefix="."))
-            for item in items:
-                (part / item["text"].decode()).write_bytes(item["content"])
-            made = part if kind == "folder" else part / items[0]["text"].decode()
-            if not target.exists():  # another process may have been quicker
-                os.replace(made, target)
-            self._forget(sum(len(item["content"]) for item in items), target)
-            return str(target)
+        while not _hold(target, held):
+            with self._lock:
+                if not target.exists():
+                    self._write(target, range(int(first), int(first) + int(count)), kind, name)
+        return str(target)
 
-    def _forget(self, size: int, target: pathlib.Path) -> None:
-        """Remove the oldest files of this process's making when there are too many."""
-        self._held[str(target)] = size
-        while sum(self._held.values()) > self.limit and len(self._held) > 1:
-            oldest = next(iter(self._held))
-            del self._held[oldest]
-            if os.path.isfile(oldest):
-                os.unlink(oldest)
+    def _write(self, target: pathlib.Path, rows: range, kind: str, name: str) -> None:
+        if self._source is None:
+            self._source = _source(self.folder, "media")
+        try:
+            items = [self._source[i] for i in rows]
+        except Exception as error:  # whatever a damaged record makes the reader raise
+            raise ValueError(f"record {rows.start} of {self.folder} cannot be read: {type(error).__name__}") from error
+        if kind == "file" and not items[0]["content"]:
+            raise ValueError(f"{name}: was missing or empty when the records were made")
+        self.cache.mkdir(parents=True, exist_ok=True)
+        self._forget(sum(len(item["content"]) for item in items))
+        part = pathlib.Path(tempfile.mkdtemp(dir=self.cache, prefix="."))
+        for item in items:
+            (part / item["text"].decode()).write_bytes(item["content"])
+        with contextlib.suppress(FileExistsError, OSError):  # another process may have been quicker
+            os.replace(part if kind == "folder" else part / items[0]["text"].decode(), target)
+        shutil.rmtree(part, ignore_errors=True)
+
+    def _forget(self, size: int) -> None:
+        """Make room for `size` bytes: the files that were not used for longest go first, whoever wrote them."""
+        known = []
+        for entry in os.scandir(self.cache):
+            with contextlib.suppress(OSError):  # gone meanwhile
+                inside = os.scandir(entry.path) if entry.is_dir() else [entry]
+                known.append((entry.stat().st_atime_ns, sum(e.stat().st_size for e in inside), entry.path))
+        total = size + sum(held for _, held, _ in known)
+        for used, held, path in sorted(known):
+            if total <= self.limit:
+                return
+            young = os.path.basename(path).startswith(".") and time.time_ns() - used < 10**9 * 3600
+            if not young and _remove(path):  # a dot: being written, or left behind by a process that was killed
+                total -= held
+
+
+def _hold(target: pathlib.Path, held: contextlib.ExitStack) -> bool:
+    """Share a lock on a file or folder until `held` is closed; whether it was there, and still is."""
+    try:
+        handle = os.open(target, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    held.callback(os.close, handle)  # which also lets go of the lock
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    with contextlib.suppress(FileNotFoundError):
+        here, there = os.fstat(handle), os.stat(target)
+        if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino):
+            os.utime(target, ns=(time.time_ns(), there.st_mtime_ns))  # used now, not changed now
+            return True
+    return False
+
+
+def _remove(path: str) -> bool:
+    """Delete a file or folder that nobody holds; whether it is gone."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        gone = f"{os.path.dirname(path)}/.gone-{os.getpid()}-{threading.get_ident()}"
+        os.replace(path, gone)  # at once, also for a folder: nobody may find half of it
+        shutil.rmtree(gone) if os.path.isdir(gone) else os.unlink(gone)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)

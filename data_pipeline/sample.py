@@ -43,6 +43,8 @@ def lay_out(
     Raises:
       ValueError: whatever makes the sample unusable, in one sentence.
     """
+    if sample.fault:
+        raise ValueError(sample.fault)
     if not any(role == "assistant" for role, _ in chat.read_turns(sample.conversation)):
         raise ValueError("the conversation has no answer; give it a turn of the assistant (gpt)")
     try:

@@ -19,6 +19,7 @@ from hico_jax.shapes import ndarray
 IMAGE_TEXT = "<image>"  # where a video or image stands in a text
 PLACEHOLDER = -200  # and in the ids, until layout puts visual tokens there
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+GUARD = "\uf8ff"  # stands inside a mark that is not one; private, and never encoded
 # How Qwen cuts text before merging bytes.
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -52,6 +53,11 @@ class Tokenizer(Protocol):
         """Ids that end an answer."""
         ...
 
+    @property
+    def marks(self) -> re.Pattern[str]:
+        """Matches every text that `encode` would take for a control token."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text; chat marks in it become their own ids."""
         ...
@@ -64,11 +70,31 @@ class Tokenizer(Protocol):
 def encode_media(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a text in which each `<image>` becomes the placeholder -200 (`tokenizer_image_token`)."""
     first, *rest = text.split(IMAGE_TEXT)
-    ids = tokenizer.encode(first)
+    ids = encode_guarded(tokenizer, first)
     for part in rest:
         ids.append(PLACEHOLDER)
-        ids.extend(tokenizer.encode(part))
+        ids.extend(encode_guarded(tokenizer, part))
     return ids
+
+
+def guard(text: str, marks: re.Pattern[str]) -> str:
+    """The text with every mark in it broken by `GUARD`: somebody's words never become control tokens."""
+    text = text.replace(GUARD, "")
+    while marks.search(text):
+        text = marks.sub(lambda m: f"{m[0][:1]}{GUARD}{m[0][1:]}", text)
+    return text
+
+
+def encode_guarded(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text without its guards: what they broke is spelt in ordinary tokens."""
+    if GUARD not in text:
+        return tokenizer.encode(text)
+    return [i for part in text.split(GUARD) for i in tokenizer.encode(part)]
+
+
+def _pattern(marks: Iterable[str]) -> re.Pattern[str]:
+    found = sorted({m for m in marks if len(m) > 1}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, found)) or r"(?!)")
 
 
 class BytePairTokenizer:
@@ -79,6 +105,7 @@ class BytePairTokenizer:
     def __init__(self, inner: Any, name: str = "the tokenizer") -> None:
         self._inner = inner
         self.vocab_size: int = inner.get_vocab_size(with_added_tokens=True)
+        self.marks = _pattern(token.content for token in inner.get_added_tokens_decoder().values())
         self.pad_id, self.im_start_id, self.im_end_id = (_required(inner.token_to_id(s), s, name) for s in SPECIAL)
         newline = self.encode("\n")
         if len(newline) != 1:
@@ -114,7 +141,8 @@ class SentencePieceTokenizer:
         self._model = model
         self._special = special
         self._text_of = {i: s for s, i in special.items()}
-        self._marks = re.compile("(" + "|".join(re.escape(s) for s in sorted(special, key=len, reverse=True)) + ")")
+        self.marks = _pattern(special)
+        self._split = re.compile(f"({self.marks.pattern})")
         self.vocab_size: int = max([model.get_piece_size(), *(i + 1 for i in special.values())])
         self.im_start_id = _required(special.get("<|im_start|>"), "<|im_start|>", name)
         self.im_end_id = _required(special.get("<|im_end|>"), "<|im_end|>", name)
@@ -126,7 +154,7 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        for part in self._marks.split(text):
+        for part in self._split.split(text):
             if part in self._special:
                 ids.append(self._special[part])
             elif part:

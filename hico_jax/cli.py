@@ -221,8 +221,9 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="what `hico convert` wrote, or the workdir of a run")
     parser.add_argument("target", metavar="DST", help="the folder to write")
     parser.add_argument(
-        "--part", choices=("all", "llm"), default="all", help="`llm`: the language model alone, for stock programs"
-    )
+        "--part", choices=("all", "llm", "adapter"), default="all",
+        help="`llm`: the language model alone, for stock programs; `adapter`: a run's low-rank adapters, for PEFT",
+    )  # fmt: skip
     _written(parser)
 
 

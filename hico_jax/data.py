@@ -41,7 +41,7 @@ def _prepare(args: argparse.Namespace) -> int:
 
     if not args.out:
         raise ValueError("say where to write: hico data prepare FILE --out DIR")
-    samples = read_annotations(args.file, args.data_root)
+    samples = read_annotations(args.file, args.data_root, strict=False)  # a bad one stays a counted hole
     beam = None
     if args.beam:
         try:

@@ -173,9 +173,7 @@ def load_merged(workdir: str, params: Any) -> checkpoint.Restored:
     config = config_of(told)
     if not config.rank:
         return checkpoint.load_params(workdir, params)
-    wanted = {n: jax.ShapeDtypeStruct(a["shape"], a["dtype"]) for n, a in told["arrays"].items()
-              if n.startswith(f"{checkpoint.PARAMS}/")}  # fmt: skip
-    found = checkpoint.load_params(workdir, checkpoint.nest({n.split("/", 1)[1]: a for n, a in wanted.items()}))
+    found = _load(workdir, told)
     arrays = merge(checkpoint.flatten(found.params), config)
     flat = checkpoint.flatten(params)
     problems = checkpoint.mismatches(arrays, flat)
@@ -183,6 +181,26 @@ def load_merged(workdir: str, params: Any) -> checkpoint.Restored:
         raise ValueError(f"{workdir} does not fit this model:\n  " + "\n  ".join(problems))
     placed = {n: jax.device_put(a, getattr(flat[n], "sharding", None)) for n, a in arrays.items()}
     return dataclasses.replace(found, params=checkpoint.nest(placed))
+
+
+def _load(workdir: str, told: Mapping[str, Any]) -> checkpoint.Restored:
+    """Base and adapters as the checkpoint holds them."""
+    wanted = {n: jax.ShapeDtypeStruct(a["shape"], a["dtype"]) for n, a in told["arrays"].items()
+              if n.startswith(f"{checkpoint.PARAMS}/")}  # fmt: skip
+    return checkpoint.load_params(workdir, checkpoint.nest({n.split("/", 1)[1]: a for n, a in wanted.items()}))
+
+
+def export_peft(workdir: str, rules: Mapping[str, Rule], out: str | os.PathLike[str], base: str = "") -> list[str]:
+    """`save_peft` of a run's newest sound checkpoint.
+
+    Raises:
+      ValueError: the run has no adapters, or none that PEFT could hold.
+    """
+    told = checkpoint.read_meta(workdir)
+    config = config_of(told)
+    if not config.rank:
+        raise ValueError(f"{workdir} is no run with adapters (configs/finetune_lora.py); leave out --part adapter")
+    return save_peft(checkpoint.flatten(_load(workdir, told).params), config, rules, out, base)
 
 
 def config_of(meta: Mapping[str, Any]) -> LoraConfig:

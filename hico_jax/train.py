@@ -244,7 +244,8 @@ class Source:
         if isinstance(item, Batch):
             return item, [], {}
         info = item.info
-        return item.batch, list(info.ids), {"padding_percent": 100 * info.waste, "bad": sum(info.bad_total.values())}
+        bad, order = sum(info.bad_total.values()), getattr(info, "order", 0)
+        return item.batch, list(info.ids), {"padding_percent": 100 * info.waste, "bad": bad, "order": order}
 
     def position(self) -> Any:
         """What `set_state` takes to yield the next batch again; None if the data has no position of its own."""

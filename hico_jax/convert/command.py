@@ -110,6 +110,8 @@ def main_export(args: argparse.Namespace) -> int:
     source, target = pathlib.Path(args.source), pathlib.Path(os.path.abspath(args.target))
     export.check_target(target, args.overwrite)
     raw = load.read_config(source)
+    if args.part == "adapter":
+        return _export_adapter(source, raw, args)
     side, released = native.side_files(source), None
     if load.holds_weights(raw):
         released = dict(raw["released"]) if native.is_native(raw) else raw
@@ -156,3 +158,19 @@ def _on_disk(source: pathlib.Path, raw: Mapping[str, Any], config: HiCoConfig) -
 def _abstract(config: HiCoConfig) -> dict[str, Any]:
     """The parameters of a model as shapes, by path."""
     return load.by_path(nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))[1])
+
+
+def _export_adapter(source: pathlib.Path, raw: dict[str, Any], args: argparse.Namespace) -> int:
+    """A run's low-rank adapters as a PEFT folder."""
+    from hico_jax import config, lora
+
+    if native.is_native(raw) or "model_type" in raw:
+        raise ValueError(f"{source} holds whole weights; --part adapter takes the workdir of a run with adapters")
+    experiment = config.from_json((source / load.CONFIG).read_text())
+    target = pathlib.Path(os.path.abspath(args.target))
+    export.check_target(target, args.overwrite)
+    base = experiment.init.weights[0] if experiment.init.weights else experiment.init.parent or ""
+    with export.new_folder(target, 0) as temporary:
+        modules = lora.export_peft(str(source), {r.path: r for r in load.rules(experiment.model)}, temporary, base)
+    print(f"adapters of rank {experiment.lora.rank} for {len(modules)} modules in {target}, as PEFT reads them")
+    return 0

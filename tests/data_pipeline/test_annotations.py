@@ -134,8 +134,8 @@ def test_broken_files(tmp_path):
         read_annotations(tmp_path / "none.yaml")
     with pytest.raises(ValueError, match=r"must be a \.yaml"):
         read_annotations(tmp_path / "none.txt")
-    (tmp_path / "b.jsonl").write_text('{"conversations": []}\n{oops\n')
-    with pytest.raises(ValueError, match=r"b\.jsonl, line 2: not JSON"):
+    (tmp_path / "b.jsonl").write_text("{oops\n")
+    with pytest.raises(ValueError, match=r"b\.jsonl, line 1: not JSON"):
         read_annotations(tmp_path / "b.jsonl")
     (tmp_path / "c.yaml").write_text("datasets: 3")
     with pytest.raises(ValueError, match="a list `datasets`"):
@@ -144,3 +144,24 @@ def test_broken_files(tmp_path):
     with pytest.raises(ValueError, match="this YAML cannot be read"):
         read_annotations(tmp_path / "c.yaml")
     assert annotations.MEDIA == ("image", "video", "text")
+
+
+def test_a_damaged_item_keeps_its_place_and_tells_why(tmp_path):
+    lines = [
+        json.dumps({"id": "a", "conversations": TURNS}).encode(),
+        b'{"id": "b", "conversations": [',
+        b'{"id": "\xff"}',
+        json.dumps({"id": "d", "video": "v.mp4", "conversations": TURNS, "start": float("nan")}).encode(),
+        json.dumps({"id": "e\ud800", "image": 3, "conversations": TURNS}).encode(),
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not JSON"):
+        read_annotations(tmp_path / "a.jsonl")
+    found = read_annotations(tmp_path / "a.jsonl", strict=False)
+    assert [s.id for s in found] == ["a", "a.jsonl:1", "a.jsonl:2", "d", "e?"]
+    assert [s.media for s in found] == ["text", "text", "text", "video", "image"]
+    for sample, fault in zip(
+        found, ["", "line 2: not JSON", "line 3: not JSON", "not finite", "'image' must"], strict=True
+    ):
+        assert fault in sample.fault
+        assert bool(sample.fault) == bool(fault)

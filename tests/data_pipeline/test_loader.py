@@ -242,6 +242,48 @@ def test_the_cache_is_bounded():
     assert loaders._Cache(0).get(0) is None
 
 
+def test_evicting_decoded_media_changes_no_batch(data, small):
+    """Room for about three films: most are decoded again in every epoch."""
+    made = config(data, num_epochs=3, cache_mb=64)
+    whole = make_loader(made, GEOMETRY, small)
+    tight = make_loader(made, GEOMETRY, small)
+    tight.plan._cache = loaders._Cache(8_000)
+    assert all(same(a.batch, b.batch) and a.info == b.info for a, b in zip(whole, tight, strict=True))
+    assert 0 < len(tight.plan._cache._rows) < len(whole.plan._cache._rows)
+
+
+def test_annotations_that_are_none_are_holes_in_their_place(data, small, tmp_path):
+    items = [{"id": f"t{i}", "conversations": talk("Say something.", "word")} for i in range(8)]
+    sound = tmp_path / "sound.json"
+    sound.write_text(json.dumps(items))
+    hurt = tmp_path / "hurt.json"
+    hurt.write_text(json.dumps([*items[:3], {"id": "t3"}, *items[4:]]))
+    plain = {"max_bad_fraction": 0.5, "group_by_modality_length": False}  # groups go by length, and a hole has none
+    whole, holes = (
+        list(make_loader(config(data, annotations=str(f), **plain), GEOMETRY, small)) for f in (sound, hurt)
+    )
+    assert [m.ids for m in whole] == [m.ids for m in holes]
+    assert [m.info.order for m in whole] == [m.info.order for m in holes]
+    for a, b in zip(whole, holes, strict=True):
+        for i, name in enumerate(a.ids):
+            assert (b.batch.weights[i].sum() == 0) == (name == "t3")
+            if name != "t3":
+                assert (a.batch.tokens[i] == b.batch.tokens[i]).all()
+    assert holes[-1].info.bad_total == {"hurt.json": 1}
+    with pytest.raises(loaders.TooManyBadSamplesError, match=r"1 of 8 annotations .* the first is t3 \(hurt\.json\)"):
+        make_loader(config(data, annotations=str(hurt)), GEOMETRY, small)
+
+
+def test_every_host_tells_the_same_order(data, small):
+    told = {
+        hosts: [[m.info.order for m in make_loader(config(data), GEOMETRY, small, process_index=i, process_count=hosts)]
+                for i in range(hosts)]
+        for hosts in (1, 2, 4)
+    }  # fmt: skip
+    assert len(set(told[1][0])) == 6
+    assert all(order == told[1][0] for orders in told.values() for order in orders)
+
+
 def test_without_end(data, small):
     made = make_loader(config(data, num_epochs=0, annotations=str(data / "texts.json")), GEOMETRY, small)
     seen = [next(made).info.epoch for _ in range(7)]

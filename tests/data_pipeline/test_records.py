@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -78,10 +79,45 @@ def test_media_may_be_sent_to_a_worker_and_are_bounded(both, tmp_path, monkeypat
     folder = records.find(both / "made")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     media = pickle.loads(pickle.dumps(records.Media(folder, limit_mb=0)))
-    first, second, third = (media.local(s).paths[0] for s in records.read_samples(folder)[:3])
-    assert [os.path.exists(p) for p in (first, second, third)] == [False, False, True]
-    with pytest.raises(ValueError, match=r"gone\.mp4: was missing"):
-        media.local(records.read_samples(folder)[5])
+    one, two, three = records.read_samples(folder)[:3]
+    with contextlib.ExitStack() as other:
+        (first,) = media.local(one, other).paths
+        with contextlib.ExitStack() as held:
+            (second,) = media.local(two, held).paths
+            assert media.local(two, held).paths == (second,)
+        with contextlib.ExitStack() as held:
+            (third,) = media.local(three, held).paths
+            assert [os.path.exists(p) for p in (first, second, third)] == [True, False, True]  # the first is held
+    with contextlib.ExitStack() as held, pytest.raises(ValueError, match=r"gone\.mp4: was missing"):
+        media.local(records.read_samples(folder)[5], held)
+
+
+def test_a_folder_of_frames_is_evicted_too(both, tmp_path, monkeypatch):
+    folder = records.find(both / "made")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    media = records.Media(folder, limit_mb=0)
+    for sample in (records.read_samples(folder)[6], records.read_samples(folder)[0]):
+        with contextlib.ExitStack() as held:
+            (path,) = media.local(sample, held).paths
+    assert [p.name for p in media.cache.iterdir()] == [os.path.basename(path)]
+
+
+def test_evicting_media_changes_no_batch(both, tmp_path, monkeypatch):
+    """No room at all, and eight readers that evict each other's films while they are used."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    tokenizer = train_bpe(["What is seen? The video lasts for seconds."] * 4, 320)
+    config = DataConfig(
+        annotations=str(both / "made"), batch_size=2, min_frames=4, max_frames=8, max_bad_fraction=1.0,
+        group_by_modality_length=False, read_threads=8, prefetch_rows=16, num_epochs=6,
+    )  # fmt: skip
+    told = []
+    for limit_mb in (1024, 0):
+        loader = make_loader(config, GEOMETRY, tokenizer)
+        loader.plan.media = records.Media(loader.plan.media.folder, limit_mb)
+        told.append([(m.info.bad, m.info.order, m.batch.tokens.tobytes(), m.batch.clips.tobytes()) for m in loader])
+        loader.close()
+    assert told[0] == told[1]
+    assert len(told[0]) == 24
 
 
 def test_a_folder_that_holds_something_is_left_alone(both):

@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 from data_pipeline.options import DataConfig
-from hico_jax import checkpoint, lora, optim, registry, start, step
+from hico_jax import checkpoint, cli, lora, optim, registry, start, step
+from hico_jax import config as configs
 from hico_jax.batch import Batch
 from hico_jax.config import CheckpointConfig, Experiment, TrainConfig
 from hico_jax.convert import load, safetensors_io
@@ -31,7 +32,7 @@ def experiment(base: str, workdir: str = "", **changed: Any) -> Experiment:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("base", ["full", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("base", [pytest.param("full", marks=pytest.mark.slow), "int8"])
 def test_adapters_train_merge_and_leave_the_base_alone(base: str, tmp_path: pathlib.Path) -> None:
     settings = experiment(base, str(tmp_path))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -62,6 +63,10 @@ def test_adapters_train_merge_and_leave_the_base_alone(base: str, tmp_path: path
         saved = checkpoint.Checkpointer(str(tmp_path), CheckpointConfig())
         again = start.init_state(settings, mesh, saved)
         saved.close()
+        (tmp_path / "config.json").write_text(configs.to_json(settings))
+        assert cli.main(["export", str(tmp_path), str(tmp_path / "peft"), "--part", "adapter"]) == cli.OK
+        assert cli.main(["export", str(tmp_path / "peft"), str(tmp_path / "no"), "--part", "adapter"]) == cli.MISUSED
+        _same_as_peft(tmp_path / "peft", lora.adapted(checkpoint.flatten(state.trainable)))
         for a, b in zip(jax.tree.leaves(again.state), jax.tree.leaves(state), strict=True):
             assert (a == b).all()
     plain = nnx.eval_shape(lambda: MODEL.build(rngs=nnx.Rngs(0)))
@@ -69,13 +74,38 @@ def test_adapters_train_merge_and_leave_the_base_alone(base: str, tmp_path: path
     merged = lora.load_merged(str(tmp_path), checkpoint.to_dict(abstract))
     model = nnx.merge(graph, checkpoint.from_dict(merged.params, abstract))
     adapted = nnx.merge(begun.graphdef, *lora.join(state.trainable, state.frozen, settings.lora))
+    rows = jax.tree.map(lambda a: a[:1], batch)  # fewer to compile for
     hidden = jax.jit(lambda m, b: m(b).x)
-    np.testing.assert_allclose(hidden(model, batch), hidden(adapted, batch), atol=2e-5)
+    np.testing.assert_allclose(hidden(model, rows), hidden(adapted, rows), atol=2e-5)
+
+
+def _same_as_peft(folder: pathlib.Path, paths: list[str]) -> None:
+    """The names and shapes that PEFT looks for: A is rank x inputs, B is outputs x rank."""
+    told = json.loads((folder / "adapter_config.json").read_text())
+    assert (told["peft_type"], told["r"], told["lora_alpha"], told["bias"]) == ("LORA", 2, 4.0, "none")
+    tensors = safetensors_io.open_tensors(folder / "adapter_model.safetensors")
+    abstract = checkpoint.flatten(nnx.split(nnx.eval_shape(lambda: MODEL.build(rngs=nnx.Rngs(0))))[1])
+    names = set()
+    for rule in load.rules(MODEL):
+        if rule.path not in paths:
+            continue
+        shape = abstract[rule.path].shape
+        count, shape = (shape[0], shape[1:]) if rule.stacked else (1, shape)
+        outputs, inputs = rule.torch_shape(shape)[0], int(np.prod(rule.torch_shape(shape)[1:]))
+        for module in rule.names(count):
+            name = f"base_model.model.{module.removesuffix('.weight')}"
+            names |= {f"{name}.lora_A.weight", f"{name}.lora_B.weight"}
+            assert np.asarray(tensors[f"{name}.lora_A.weight"]).shape == (2, inputs)
+            assert np.asarray(tensors[f"{name}.lora_B.weight"]).shape == (outputs, 2)
+    assert names == set(tensors)
+    assert {f"base_model.model.{m}" for m in told["target_modules"]} == {n.rsplit(".", 2)[0] for n in names}
 
 
 def test_a_peft_folder_holds_the_same_sum(tmp_path: pathlib.Path) -> None:
     settings = experiment("full")
-    _, _, frozen = optim.split(MODEL.build(rngs=nnx.Rngs(0)), ((r".*", None),))
+    _, _, frozen = optim.split(nnx.eval_shape(lambda: MODEL.build(rngs=nnx.Rngs(0))), ((r".*", None),))
+    rng = np.random.default_rng(0)
+    frozen = jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.1, a.shape), a.dtype), frozen)
     adapters = jax.tree.map(lambda a: a + 0.01, lora.begin(frozen, settings.lora, 0))
     base = checkpoint.flatten(frozen)
     arrays = base | checkpoint.flatten(adapters)
