@@ -336,12 +336,18 @@ def manifest(trees: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """
     arrays = flatten(trees)
     values = list(arrays.values())
-    here = all(a.is_fully_addressable and {d.platform for d in a.devices()} == {"cpu"} for a in values)
+    here = all(map(_is_here, values))
     sums = [_digest_here(np.asarray(a)) for a in values] if here else jax.device_get(_digests(values))
     return {
         name: {"shape": list(a.shape), "dtype": str(a.dtype), "digest": [int(n) for n in digest]}
         for (name, a), digest in zip(arrays.items(), sums, strict=True)
     }
+
+
+def _is_here(array: Any) -> bool:
+    if not isinstance(array, jax.Array):
+        return True
+    return array.is_fully_addressable and {d.platform for d in array.devices()} == {"cpu"}
 
 
 @jax.jit

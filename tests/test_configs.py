@@ -104,6 +104,7 @@ def _step(settings: Any, mesh: MeshConfig, num_devices: int, batch: Batch) -> tu
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_of_nano_on_eight_devices_is_that_of_one(stage: str, tmp_path: pathlib.Path) -> None:
     found = config.freeze(load(stage, "nano"))
@@ -122,6 +123,7 @@ def test_a_step_of_nano_on_eight_devices_is_that_of_one(stage: str, tmp_path: pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["nano", "nano_hd"])
 def test_a_prefill_of_nano_on_eight_devices_is_that_of_one(name: str) -> None:
     settings = registry.model_config(name)

@@ -68,8 +68,8 @@ def compiled_ahead(commands: Sequence[list[str]]) -> Iterator[None]:
         for command in commands:
             if stop.is_set():
                 return
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            running[:] = [subprocess.Popen([*polite, *command, "--compile_only"], **quiet)]
+            line = [*polite, *command, "--compile_only"]
+            running[:] = [subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)]
             running[0].wait()
 
     worker = threading.Thread(target=work, daemon=True)
