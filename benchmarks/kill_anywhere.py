@@ -208,7 +208,7 @@ def make_data(folder: pathlib.Path) -> pathlib.Path:
 def outcome(workdir: pathlib.Path, steps: int) -> dict[str, Any]:
     """Losses of every step, and a digest of what the last checkpoint holds."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    kept = ("step", "loss", "grad_norm", "accuracy", "lr", "tokens", "frames", "bad")
+    kept = ("step", "order", "loss", "grad_norm", "accuracy", "lr", "tokens", "frames", "bad")
     losses = [{k: line[k] for k in kept} for line in lines if "loss" in line]
     meta = json.loads((workdir / "checkpoints" / str(steps) / "meta" / "metadata").read_text())["body"]
     arrays = hashlib.sha256(json.dumps(meta["arrays"], sort_keys=True).encode()).hexdigest()

@@ -47,10 +47,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args(argv)
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for part in args.parts:
-            found[part] = PARTS[part](pathlib.Path(folder), args)
-            print(json.dumps({part: found[part]}, indent=2), flush=True)
+    threads, decode.SMALL_PIXELS = decode.SMALL_PIXELS, 1 << 30  # one thread, whatever the size of a film
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for part in args.parts:
+                found[part] = PARTS[part](pathlib.Path(folder), args)
+                print(json.dumps({part: found[part]}, indent=2), flush=True)
+    finally:
+        decode.SMALL_PIXELS = threads
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps(found, indent=2) + "\n")
     return 0
@@ -94,7 +98,6 @@ def decode_all(path: pathlib.Path, rgb: bool = False) -> int:
 
 def dense(folder: pathlib.Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every frame of films of three sizes."""
-    decode.SMALL_PIXELS = 1 << 30  # one thread, whatever the size
     rows = []
     for width, height in SIZES:
         path = video.write_video(folder / f"{width}.mp4", scenes(args.frames, width, height), 25.0, crf=23)
@@ -122,7 +125,6 @@ def dense(folder: pathlib.Path, args: argparse.Namespace) -> list[dict[str, Any]
 
 def long(folder: pathlib.Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """64 frames of a long film, with the encoder's usual keyframes and with one every two seconds."""
-    decode.SMALL_PIXELS = 1 << 30
     rows = []
     for gop in (250, 50):
         minute = video.write_video(folder / "minute.mp4", scenes(1500, 640, 360), 25.0, crf=28, gop=gop)

@@ -206,7 +206,7 @@ def _everywhere(ok: bool) -> bool:
         return ok
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.process_allgather(jnp.asarray(ok)).all())
+    return bool(multihost_utils.process_allgather(np.asarray(ok)).all())  # a NumPy value: not one of the mesh
 
 
 def _barrier(name: str) -> None:

@@ -32,16 +32,26 @@ def experiment(base: str, workdir: str = "", **changed: Any) -> Experiment:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("base", [pytest.param("full", marks=pytest.mark.slow), "int8"])
-def test_adapters_train_merge_and_leave_the_base_alone(base: str, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    ("base", "targets"),
+    [
+        pytest.param("int8", (optim.LLM,), id="int8"),
+        pytest.param("int8", ALL, marks=pytest.mark.slow, id="int8-all"),
+        pytest.param("full", ALL, marks=pytest.mark.slow, id="full-all"),
+    ],
+)
+def test_adapters_train_merge_and_leave_the_base_alone(
+    base: str, targets: tuple[str, ...], tmp_path: pathlib.Path
+) -> None:
     settings = experiment(base, str(tmp_path))
+    settings = dataclasses.replace(settings, lora=dataclasses.replace(settings.lora, targets=targets))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     batch = jax.tree.map(jnp.asarray, Batch.fake(MODEL.geometry(), rows=4, vocab=MODEL.llm.vocab_size))
     with jax.set_mesh(mesh):
         begun = start.init_state(settings, mesh)
         names = optim.parameter_names(begun.state.trainable)
         assert all(n.startswith("lora/") for n in names)
-        assert {n.split("/")[1] for n in names} == {"llm", "projector", "vision"}
+        assert {n.split("/")[1] for n in names} == ({"llm", "projector", "vision"} if targets == ALL else {"llm"})
         held = sum(a.nbytes for a in jax.tree.leaves(begun.state.optimizer))
         assert held < 3 * sum(a.nbytes for a in jax.tree.leaves(begun.state.trainable))
         run = jax.jit(
