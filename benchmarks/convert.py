@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import pathlib
+import resource
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,8 @@ def write_source(name: str, folder: pathlib.Path) -> int:
 
 
 def measured(*line: str) -> dict[str, Any]:
-    """Seconds, and peaks of memory in bytes, of one command."""
+    """Seconds by the clock and of all cores, and peaks of memory in bytes, of one command."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began, peaks = time.perf_counter(), {"resident": 0, "anonymous": 0}
     with subprocess.Popen([sys.executable, "-m", "hico_jax", *line], stdout=subprocess.PIPE, text=True) as process:
         while process.poll() is None:
@@ -70,14 +72,17 @@ def measured(*line: str) -> dict[str, Any]:
         said = process.stdout.read()
     if process.returncode:
         raise SystemExit(f"hico {' '.join(line)} failed")
-    return {"seconds": round(time.perf_counter() - began, 1), "said": said.strip().splitlines()} | peaks
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    core = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    seconds = round(time.perf_counter() - began, 1)
+    return {"seconds": seconds, "core_seconds": round(core, 1), "said": said.strip().splitlines()} | peaks
 
 
 def report(step: str, size: int, row: dict[str, Any]) -> None:
     """One line of one step, as soon as it is known."""
     print(
-        f"{step}: {row['seconds']} s ({size / 1e9 / row['seconds']:.2f} GB/s), peak {row['anonymous'] / 2**30:.2f} "
-        f"GiB of its own, {row['resident'] / 2**30:.2f} GiB with mapped files",
+        f"{step}: {row['seconds']} s ({size / 1e9 / row['seconds']:.2f} GB/s), {row['core_seconds']} s of cores, peak "
+        f"{row['anonymous'] / 2**30:.2f} GiB of its own, {row['resident'] / 2**30:.2f} GiB with mapped files",
         flush=True,
     )
 

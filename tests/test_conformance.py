@@ -70,10 +70,12 @@ class Seen:
     grads: Any
 
 
-hidden = jax.jit(lambda model, batch: model(batch).x)
+# What is computed is tiny and compiling it is not: unoptimized programs are made in half the time.
+QUICK = {"xla_backend_optimization_level": 0}
+hidden = jax.jit(lambda model, batch: model(batch).x, compiler_options=QUICK)
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=QUICK)
 def learn(model: Any, batch: Batch) -> Any:
     def loss(model: Any) -> Any:
         x = model(batch).x
