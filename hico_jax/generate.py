@@ -78,7 +78,18 @@ def generate(model: HiCo, prompt: Batch | tuple[Batch, Float[Array, "B S D"]], c
 
 def spliced(model: HiCo, batch: Batch, visual: Float[Array, "B S D"]) -> Stream:
     """A prompt's stream from visual tokens that are encoded already."""
-    return _splice(model, dataclasses.replace(batch, clips=None, images=None), visual)
+    stream = _splice(model, dataclasses.replace(batch, clips=None, images=None), visual)
+    return stream.replace(plain=stream.ring == 1 and _is_plain(batch))
+
+
+def _is_plain(batch: Batch) -> bool:
+    """Whether the host can see that every row is one segment of rising positions, then padding."""
+    segments, positions = batch.segments, batch.positions
+    if not isinstance(segments, np.ndarray) or not isinstance(positions, np.ndarray):
+        return False
+    real = segments == 1
+    ends = (real | (segments == 0)).all() and (real[:, 1:] <= real[:, :-1]).all()
+    return bool(ends and ((np.diff(positions, axis=1) > 0) | ~real[:, 1:]).all())
 
 
 def continue_stream(

@@ -16,6 +16,7 @@ from flax import nnx
 
 from hico_jax.batch import DropPlan, DropSchedule
 from hico_jax.convert.rules import Rule
+from hico_jax.kernels.decode import contract
 from hico_jax.models import attention, layers
 from hico_jax.models.llm import cache as kv_cache
 from hico_jax.models.llm import decoder
@@ -201,11 +202,11 @@ class Attention(nnx.Module):
         return shard(_project(x, self.wv, self.bv), "batch", "length", "kv_heads", None)
 
     def out(self, mixed: Float[Array, "B L H d"]) -> Float[Array, "B L D"]:
-        return jnp.einsum("BLHd,HdD->BLD", mixed, self.wo[...].astype(mixed.dtype))
+        return contract("BLHd,HdD->BLD", mixed, self.wo[...])
 
 
 def _project(x: Array, weight: nnx.Param, bias: nnx.Param) -> Array:
-    return jnp.einsum("BLD,DHd->BLHd", x, weight[...].astype(x.dtype)) + bias[...].astype(x.dtype)
+    return contract("BLD,DHd->BLHd", x, weight[...]) + bias[...].astype(x.dtype)
 
 
 class MLP(nnx.Module):
@@ -218,8 +219,8 @@ class MLP(nnx.Module):
         self.down = layers.param(layers.normal(rngs, outward, config.init_std), ("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+        gate, up = (contract("BLD,DF->BLF", x, w[...]) for w in (self.gate, self.up))
+        return contract("BLF,FD->BLD", jax.nn.silu(gate) * up, self.down[...])
 
 
 class Block(nnx.Module):
@@ -244,9 +245,10 @@ class Block(nnx.Module):
             k_positions=place.positions,
             q_segments=place.segments,
             k_segments=place.segments,
+            plain=place.plain,
         )
         x = x + self.attn.out(mixed)
-        return x + layers.in_slices(lambda x: self.mlp(self.post_norm(x)), x), (k, v)
+        return x + layers.in_slices(lambda x: self.mlp(self.post_norm(x)), x, place.slice), (k, v)
 
     def attention_query_key(self, x: Float[Array, "B L D"], place: Place) -> tuple[Array, Array]:
         """What this layer would ask and answer: the norm, q, k and rotation, for scoring tokens before it runs."""
@@ -267,7 +269,7 @@ class Block(nnx.Module):
         q, k = self.attn.query_key(normed, place)
         keys = kv_cache.write(keys, layer, *at, k)
         values = kv_cache.write(values, layer, *at, self.attn.value(normed))
-        x = x + self.attn.out(attention.attend_one(q, keys[layer], values[layer], visible))
+        x = x + self.attn.out(attention.attend_one(q, keys, values, visible, layer))
         return x + self.mlp(self.post_norm(x)), keys, values
 
 

@@ -131,7 +131,9 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B P E"]) -> Float[Array, "B P E"]:
         dtype = x.dtype
-        q, k, v = jnp.einsum("BPE,EcHd->cBPHd", x, self.wqkv[...].astype(dtype))
+        weights = self.wqkv[...].astype(dtype)
+        # Three products: the parts of one would have to be copied apart for the attention kernel.
+        q, k, v = (jnp.einsum("BPE,EHd->BPHd", x, weights[:, i]) for i in range(3))
         q, v = q + self.q_bias[...].astype(dtype), v + self.v_bias[...].astype(dtype)
         seen = attend(q, k, v, causal=False)
         return jnp.einsum("BPHd,HdE->BPE", seen, self.wo[...].astype(dtype)) + self.o_bias[...].astype(dtype)

@@ -1,0 +1,193 @@
+"""One token against stacked weights and a stacked cache, on an NVIDIA GPU: every byte is read once, nothing is copied.
+
+Decoding reads all weights and all keys for each token, so memory is its roof. XLA would first copy a layer's weights
+and keys out of their stacks, which triples the traffic; these kernels (Pallas, compiled by Triton) take the
+stack and the layer's number. Elsewhere, and for many rows, plain products of the layer's slice run.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from hico_jax.shapes import Array, Bool, Float, Int
+
+PLATFORM = "gpu"  # where the kernels run; tests set another
+MOST_ROWS = 4  # more are a matrix product
+MATRIX = 1 << 14  # fewer numbers of a layer are a vector, and cheap to copy
+KEYS, QUERIES = 64, 16  # of a step of attention; tensor cores take no fewer than 16 queries
+ATTENTION_PROGRAMS = 264
+_LOW = -1e30
+
+
+def runs(x: Array) -> bool:
+    """Whether the kernels run here: a GPU, half precision, one device."""
+    return jax.default_backend() == PLATFORM and x.dtype == jnp.bfloat16 and jax.sharding.get_abstract_mesh().empty
+
+
+class Tiles(NamedTuple):
+    """How a product is cut."""
+
+    columns: int = 128  # of a tile of weights: neighbours in memory
+    depth: int = 32  # rows of a tile
+    programs: int = 528  # at least: four for each of 132 multiprocessors
+    warps: int = 4
+    stages: int = 4
+
+
+TILES = Tiles()
+
+
+class Stacked:
+    """A layer's matrix inside the stack of all layers. `contract` takes it where it takes a matrix."""
+
+    def __init__(self, stack: Array, layer: Array) -> None:
+        self.stack, self.layer = stack, layer
+
+    def __getitem__(self, _: Any) -> Stacked:
+        return self
+
+    def astype(self, dtype: Any) -> Stacked:
+        """The same: it is made only where nothing needs a cast."""
+        assert dtype == self.stack.dtype, (dtype, self.stack.dtype)
+        return self
+
+
+def layer_of(blocks: Any, layer: Array, x: Float[Array, "B 1 D"]) -> Any:
+    """Layer number `layer` of stacked modules; its matrices stay in the stack where the kernels can read them there."""
+    few = runs(x) and x.shape[0] <= MOST_ROWS
+
+    def one(stack: Array) -> Any:
+        matrix = stack.ndim > 2 and stack.size // stack.shape[0] >= MATRIX
+        return Stacked(stack, layer) if few and matrix and stack.dtype == x.dtype else stack[layer]
+
+    return jax.tree.map(one, blocks)
+
+
+def contract(pattern: str, x: Array, weight: Any) -> Array:
+    """`einsum(pattern, x, weight)`, the weight a matrix or `Stacked`, in the type of `x`."""
+    if not isinstance(weight, Stacked):
+        return jnp.einsum(pattern, x, weight.astype(x.dtype))
+    ours, theirs = pattern.split("->")[0].split(",")
+    summed = sum(axis in ours for axis in theirs)
+    kept = weight.stack.shape[1 + summed :]
+    inner = math.prod(weight.stack.shape[1 : 1 + summed])
+    flat = weight.stack.reshape(weight.stack.shape[0], inner, -1)
+    if not fits(inner, flat.shape[2]):
+        return jnp.einsum(pattern, x, weight.stack[weight.layer])
+    out = product(x.reshape(-1, inner), flat, weight.layer, interpret=jax.default_backend() == "cpu")
+    return out.astype(x.dtype).reshape(*x.shape[:2], *kept)
+
+
+def fits(inner: int, outer: int) -> bool:
+    """Whether `product` can take a matrix of this shape: whole tiles."""
+    return inner % TILES.depth == 0 and outer % TILES.columns == 0
+
+
+def product(
+    x: Float[Array, "B D"],
+    weights: Float[Array, "N D F"],
+    layer: Int[Array, ""],
+    *,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B F"]:
+    """`x @ weights[layer]` in float32."""
+    (rows, inner), outer = x.shape, weights.shape[2]
+    columns, depth, programs, warps, stages = tiles or TILES
+    steps, across = inner // depth, outer // columns
+    splits = next((n for n in range(1, steps + 1) if steps % n == 0 and n * across >= programs), steps)
+    each = steps // splits
+
+    def kernel(layer_ref: Any, x_ref: Any, w_ref: Any, out_ref: Any) -> None:
+        these, part = pl.ds(pl.program_id(0) * columns, columns), pl.program_id(1)
+        layer = layer_ref[0]
+
+        def step(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+            down = pl.ds((part * each + i) * depth, depth)
+            tile = w_ref[layer, down, these].astype(jnp.float32)
+            return tuple(s + tile * x_ref[b, down].astype(jnp.float32)[:, None] for b, s in enumerate(sums))
+
+        sums = tuple(jnp.zeros((depth, columns), jnp.float32) for _ in range(rows))
+        for b, s in enumerate(jax.lax.fori_loop(0, each, step, sums)):
+            out_ref[part, b, these] = s.sum(0)
+
+    parts = pl.pallas_call(
+        kernel, grid=(across, splits), out_shape=jax.ShapeDtypeStruct((splits, rows, outer), jnp.float32),
+        compiler_params=None if interpret else _params(warps, stages), interpret=interpret,
+        name="decode_product",
+    )(layer.reshape(1), x, weights)  # fmt: skip
+    return parts.sum(0)
+
+
+def _params(warps: int, stages: int) -> Any:
+    return plgpu.CompilerParams(num_warps=warps, num_stages=stages)
+
+
+def attention(
+    q: Float[Array, "B H d"],
+    k: Float[Array, "N B K S d"],
+    v: Float[Array, "N B K S d"],
+    layer: Int[Array, ""],
+    visible: Bool[Array, "B S"],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B H d"]:
+    """`softmax(q k[layer] / sqrt(d)) v[layer]` over the visible keys, float32. Each row must see at least one key."""
+    rows, heads, width = q.shape
+    kv_heads, keys = k.shape[2:4]
+    group = heads // kv_heads
+    assert group <= QUERIES, (heads, kv_heads)
+    splits = max(1, min(-(-ATTENTION_PROGRAMS // (rows * kv_heads)), -(-keys // KEYS)))
+    each = -(-keys // (splits * KEYS))
+    padded = jnp.pad(q.reshape(rows, kv_heads, group, width), ((0, 0), (0, 0), (0, QUERIES - group), (0, 0)))
+
+    def kernel(layer_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, seen_ref: Any, out_ref: Any, stats_ref: Any) -> None:
+        row, head, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        layer = layer_ref[0]
+        queries = q_ref[row, head]
+
+        def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            total, top, acc = carry
+            first = (part * each + i) * KEYS
+            inside = first + jnp.arange(KEYS) < keys
+            at = pl.ds(first, KEYS)
+            seen = plgpu.load(seen_ref.at[row, at], mask=inside, other=0) != 0
+            k_block = plgpu.load(k_ref.at[layer, row, head, at], mask=inside[:, None], other=0.0)
+            v_block = plgpu.load(v_ref.at[layer, row, head, at], mask=inside[:, None], other=0.0)
+            scores = plgpu.dot(queries, k_block.T) * (1 / math.sqrt(width))
+            scores = jnp.where(seen[None], scores, _LOW)
+            new_top = jnp.maximum(top, scores.max(1))
+            weights = jnp.where(seen[None], jnp.exp(scores - new_top[:, None]), 0.0)
+            scale = jnp.exp(top - new_top)
+            acc = acc * scale[:, None] + plgpu.dot(weights.astype(v_block.dtype), v_block)
+            return total * scale + weights.sum(1), new_top, acc
+
+        start = (
+            jnp.zeros(QUERIES, jnp.float32), jnp.full(QUERIES, _LOW, jnp.float32),
+            jnp.zeros((QUERIES, width), jnp.float32),
+        )  # fmt: skip
+        total, top, acc = jax.lax.fori_loop(0, each, step, start)
+        out_ref[row, head, part] = acc
+        stats_ref[row, head, part, 0] = total
+        stats_ref[row, head, part, 1] = top
+
+    shape = (rows, kv_heads, splits)
+    acc, stats = pl.pallas_call(
+        kernel, grid=shape,
+        out_shape=(
+            jax.ShapeDtypeStruct((*shape, QUERIES, width), jnp.float32),
+            jax.ShapeDtypeStruct((*shape, 2, QUERIES), jnp.float32),
+        ),
+        compiler_params=None if interpret else _params(4, 3), interpret=interpret,
+        name="decode_attention",
+    )(layer.reshape(1), padded, k, v, visible.astype(jnp.int8))  # fmt: skip
+    total, top = stats[..., 0, :], stats[..., 1, :]
+    scale = jnp.exp(top - top.max(2, keepdims=True))
+    out = (acc * scale[..., None]).sum(2) / (total * scale).sum(2)[..., None]
+    return out[:, :, :group].reshape(rows, heads, width)
