@@ -32,6 +32,9 @@ def prefill(*, model: str, frames: int, kind: str, small: bool) -> dict[str, Any
     del cache
     took = measure.seconds(lambda: generate.begin(llm, stream, plan, schedule=drop, room=room)[0], 3, 0)
     assert np.isfinite(np.asarray(logits)).all()
+    kernels = []
+    if frames <= 2048:
+        kernels = measure.profile(lambda: generate.begin(llm, stream, plan, schedule=drop, room=room)[0])
     length = stream.x.shape[1]
     products, attention = models.language_flops(config, models.groups(config, drop, plan, length))
     roof = measure.roof_seconds(products, attention)
@@ -40,7 +43,7 @@ def prefill(*, model: str, frames: int, kind: str, small: bool) -> dict[str, Any
     return {
         "value": took, "roof": roof, "compile_s": max(0.0, first - took), "peak_gib": measure.peak_gib(),
         "tokens": length, "tflops": flops / took / 1e12, "mfu": flops / took / peak if peak else None,
-        "weights_gib": models.num_bytes(llm) / 2**30, "cache_gib": kept,
+        "kernels": kernels, "weights_gib": models.num_bytes(llm) / 2**30, "cache_gib": kept,
         "note": f"{length:,} tokens, {flops / took / 1e12:.0f} TFLOP/s, cache {kept:.1f} GiB",
     }  # fmt: skip
 
@@ -73,6 +76,11 @@ def decode(*, model: str, frames: int, small: bool, kernels: bool = True) -> dic
     other, _, _ = answer(models.TEXT - 16)
     again = generate._decode._cache_size() - programs
     count = int(made.lengths[0])
+    stream, plan = models.row(config, visual, drop, length=length)
+    logits, cache = jax.block_until_ready(
+        generate.begin(llm, stream, plan, schedule=drop, room=settings.max_new_tokens)
+    )
+    found = measure.profile(lambda: (generate.finish(llm, logits, cache, settings), None)[1])
     read = models.num_bytes(llm) - (0 if config.tied else config.vocab_size * config.embed_dim * 2)
     moved = read + size * (length / (length + settings.max_new_tokens))
     roof = 1 / measure.roof_seconds(moved=moved)
@@ -80,7 +88,7 @@ def decode(*, model: str, frames: int, small: bool, kernels: bool = True) -> dic
     sheet = measure.datasheet_bandwidth()
     return {
         "value": value, "roof": roof, "compile_s": max(0.0, first - took), "peak_gib": measure.peak_gib(),
-        "compiled_again": again, "other_length": count / other, "ms_per_token": took / count * 1e3,
+        "kernels": found, "compiled_again": again, "other_length": count / other, "ms_per_token": took / count * 1e3,
         "bytes_per_token": moved, "of_datasheet_bandwidth": moved * value / sheet if sheet else None,
         "note": f"{took / count * 1e3:.2f} ms a token, {moved * value / 1e12:.2f} TB/s, {again} programs more for "
         f"another length ({count / other:.0f} tokens/s)",

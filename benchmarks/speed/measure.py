@@ -97,3 +97,40 @@ def environment() -> dict[str, Any]:
         "version": str(getattr(device.client, "platform_version", ""))[:120].replace("\n", " "),
         "xla_flags": os.environ.get("XLA_FLAGS", ""), "cores": os.cpu_count(),
     }  # fmt: skip
+
+
+def profile(run: Callable[[], Any], top: int = 14) -> list[dict[str, Any]]:
+    """Where a call's time goes on the device: kernels by their total time, from a trace of one more call."""
+    import collections
+    import pathlib
+    import tempfile
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                jax.block_until_ready(run())
+            (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
+            data = jax.profiler.ProfileData.from_file(str(file))
+            total: dict[str, float] = collections.defaultdict(float)
+            count: dict[str, int] = collections.defaultdict(int)
+            first, last = float("inf"), 0.0
+            for plane in data.planes:
+                if "GPU" not in plane.name:
+                    continue
+                for line in plane.lines:
+                    if "Stream" not in (line.name or ""):
+                        continue
+                    for event in line.events:
+                        total[event.name] += event.duration_ns
+                        count[event.name] += 1
+                        first, last = min(first, event.start_ns), max(last, event.start_ns + event.duration_ns)
+    except Exception as error:  # a profile is a help, never a reason to lose a row
+        say(f"no profile: {str(error)[:200]}")
+        return []
+    busy = sum(total.values())
+    if busy:
+        say(f"profile: busy {busy / 1e6:.2f} of {(last - first) / 1e6:.2f} ms, {sum(count.values())} kernels")
+    found = sorted(total, key=lambda name: -total[name])[:top]
+    for name in found:
+        say(f"  {total[name] / 1e6:9.3f} ms {total[name] / busy:6.1%} {count[name]:6} x {name[:110]}")
+    return [{"kernel": n, "ms": total[n] / 1e6, "share": total[n] / busy, "count": count[n]} for n in found]

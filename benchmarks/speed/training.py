@@ -69,6 +69,7 @@ def step(*, model: str, tokens: int, keeps: str, small: bool, moments: str = "bf
         times.append(time.perf_counter() - began)
         measure.say(f"step took {times[-1]:.3f} s, loss {loss:.3f}")
     assert np.isfinite(loss)
+    kernels = measure.profile(lambda: program.run(weights, held, stream)[2]) if tokens < 20_000 else []
     took = float(np.median(times[1:]))
     products, attention = models.language_flops(config, [(config.num_layers, tokens)])
     products += 2.0 * config.vocab_size * config.embed_dim * tokens
@@ -78,6 +79,6 @@ def step(*, model: str, tokens: int, keeps: str, small: bool, moments: str = "bf
     return {
         "value": tokens / took, "roof": roof, "compile_s": program.compile_s, "peak_gib": measure.peak_gib(),
         "planned_gib": program.peak_gib, "seconds": took, "tflops": flops / took / 1e12, "mfu": mfu,
-        "keeps": keeps, "moments": moments,
+        "kernels": kernels, "keeps": keeps, "moments": moments,
         "note": f"MFU {mfu:.1%}, keeps {keeps}, float32 weights, {moments} moments" if mfu else f"keeps {keeps}",
     }  # fmt: skip

@@ -33,6 +33,7 @@ def vision(*, model: str, clips: int, small: bool) -> dict[str, Any]:
     found = {"value": frames / took, "roof": roof, "compile_s": program.compile_s, "planned_gib": program.peak_gib}
     found["peak_gib"] = measure.peak_gib()
     measure.say(f"encode {clips} clips: {frames / took:,.0f} frames/s, {took * 1e3:.2f} ms")
+    found["kernels"] = measure.profile(lambda: program.run(state, pixels))
 
     def part(name: str, f: Any, *args: Any) -> None:
         try:
