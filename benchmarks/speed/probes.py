@@ -45,11 +45,11 @@ def decode(small: bool) -> dict[str, Any]:
     for columns in (64, 128, 256) if not small else (128,):
         for depth, warps, stages in ((16, 4, 4), (32, 4, 4), (64, 4, 3), (32, 8, 4)) if not small else ((32, 4, 4),):
             tiles = kernels.Tiles(columns, depth, 528, warps, stages)
-            form = lambda i, x, s, t=tiles: back(kernels.product(x, s[0], i, tiles=t, interpret=interpret))
+            form = lambda i, x, s, t=tiles: back(kernels.product(x, s, i, tiles=t, interpret=interpret)[0])
             tried(f"kernel {columns}x{depth} warps {warps} stages {stages}", form, x, w)
     for programs in (132, 264, 1056) if not small else ():
         tiles = kernels.Tiles(programs=programs)
-        form = lambda i, x, s, t=tiles: back(kernels.product(x, s[0], i, tiles=t, interpret=interpret))
+        form = lambda i, x, s, t=tiles: back(kernels.product(x, s, i, tiles=t, interpret=interpret)[0])
         tried(f"kernel of {programs} programs", form, x, w)
     q = jax.random.normal(jax.random.key(2), (1, 28, 128), jnp.bfloat16)
     k, v = (
@@ -58,7 +58,7 @@ def decode(small: bool) -> dict[str, Any]:
     visible = jnp.arange(keys)[None] < keys - 100
     wrong = lambda a, b: float(jnp.abs(a - b).max() / jnp.abs(b).max())
     one = jnp.asarray(1, jnp.int32)
-    got = kernels.product(x, w, one, interpret=interpret)
+    got = kernels.product(x, [w], one, interpret=interpret)[0]
     exact = jnp.einsum("BD,DF->BF", x, w[1], preferred_element_type=jnp.float32)
     found["product_error"] = wrong(got, exact)
     got = kernels.attention(q, k, v, one, visible, interpret=interpret)

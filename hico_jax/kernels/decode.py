@@ -7,7 +7,10 @@ stack and the layer's number. Elsewhere, and for many rows, plain products of th
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,14 +36,15 @@ def runs(x: Array) -> bool:
 class Tiles(NamedTuple):
     """How a product is cut."""
 
-    columns: int = 128  # of a tile of weights: neighbours in memory
+    columns: int = 256  # of a tile of weights: neighbours in memory
     depth: int = 32  # rows of a tile
     programs: int = 528  # at least: four for each of 132 multiprocessors
     warps: int = 4
     stages: int = 4
 
 
-TILES = Tiles()
+TILES, SMALL_TILES = Tiles(), Tiles(columns=128)
+JOINED = True  # several products of one input as one kernel; benchmarks compare
 
 
 class Stacked:
@@ -71,58 +75,83 @@ def layer_of(blocks: Any, layer: Array, x: Float[Array, "B 1 D"]) -> Any:
 
 def contract(pattern: str, x: Array, weight: Any) -> Array:
     """`einsum(pattern, x, weight)`, the weight a matrix or `Stacked`, in the type of `x`."""
-    if not isinstance(weight, Stacked):
-        return jnp.einsum(pattern, x, weight.astype(x.dtype))
+    return contract_all(pattern, x, (weight,))[0]
+
+
+def contract_all(pattern: str, x: Array, weights: Sequence[Any]) -> list[Array]:
+    """`contract` for several weights of one input: one kernel where it reads them out of the stacks."""
+    if not all(isinstance(weight, Stacked) for weight in weights):
+        return [jnp.einsum(pattern, x, weight.astype(x.dtype)) for weight in weights]
     ours, theirs = pattern.split("->")[0].split(",")
     summed = sum(axis in ours for axis in theirs)
-    kept = weight.stack.shape[1 + summed :]
-    inner = math.prod(weight.stack.shape[1 : 1 + summed])
-    flat = weight.stack.reshape(weight.stack.shape[0], inner, -1)
-    if not fits(inner, flat.shape[2]):
-        return jnp.einsum(pattern, x, weight.stack[weight.layer])
-    out = product(x.reshape(-1, inner), flat, weight.layer, interpret=jax.default_backend() == "cpu")
-    return out.astype(x.dtype).reshape(*x.shape[:2], *kept)
+    inner = math.prod(weights[0].stack.shape[1 : 1 + summed])
+    flat = [weight.stack.reshape(weight.stack.shape[0], inner, -1) for weight in weights]
+    if tiles_of(inner, [f.shape[2] for f in flat]) is None:
+        return [jnp.einsum(pattern, x, weight.stack[weight.layer]) for weight in weights]
+    if not JOINED and len(weights) > 1:
+        return [contract(pattern, x, weight) for weight in weights]
+    out = product(x.reshape(-1, inner), flat, weights[0].layer, interpret=jax.default_backend() == "cpu")
+    kept = [(*x.shape[:2], *weight.stack.shape[1 + summed :]) for weight in weights]
+    return [part.astype(x.dtype).reshape(shape) for part, shape in zip(out, kept, strict=True)]
 
 
-def fits(inner: int, outer: int) -> bool:
-    """Whether `product` can take a matrix of this shape: whole tiles."""
-    return inner % TILES.depth == 0 and outer % TILES.columns == 0
+def tiles_of(inner: int, outer: Sequence[int]) -> Tiles | None:
+    """How to cut matrices of these shapes into whole tiles: wide ones where enough programs remain."""
+    for tiles in (TILES, SMALL_TILES):
+        enough = sum(outer) // tiles.columns * (inner // tiles.depth) >= 2 * tiles.programs
+        if inner % tiles.depth == 0 and all(n % tiles.columns == 0 for n in outer) and (enough or tiles != TILES):
+            return tiles
+    return None
 
 
 def product(
     x: Float[Array, "B D"],
-    weights: Float[Array, "N D F"],
+    stacks: Sequence[Float[Array, "N D F"]],
     layer: Int[Array, ""],
     *,
     tiles: Tiles | None = None,
     interpret: bool = False,
-) -> Float[Array, "B F"]:
-    """`x @ weights[layer]` in float32."""
-    (rows, inner), outer = x.shape, weights.shape[2]
-    columns, depth, programs, warps, stages = tiles or TILES
-    steps, across = inner // depth, outer // columns
+) -> list[Float[Array, "B F"]]:
+    """`x @ stack[layer]` in float32 for each stack."""
+    (rows, inner), outer = x.shape, [stack.shape[2] for stack in stacks]
+    tiles = tiles or tiles_of(inner, outer)
+    assert tiles is not None, (inner, outer)
+    columns, depth, programs, warps, stages = tiles
+    steps = inner // depth
+    bounds = [0, *itertools.accumulate(n // columns for n in outer)]  # programs across of each stack
+    across = bounds[-1]
     splits = next((n for n in range(1, steps + 1) if steps % n == 0 and n * across >= programs), steps)
     each = steps // splits
 
-    def kernel(layer_ref: Any, x_ref: Any, w_ref: Any, out_ref: Any) -> None:
-        these, part = pl.ds(pl.program_id(0) * columns, columns), pl.program_id(1)
+    def kernel(layer_ref: Any, x_ref: Any, *refs: Any) -> None:
+        *w_refs, out_ref = refs
+        place, part = pl.program_id(0), pl.program_id(1)
         layer = layer_ref[0]
 
-        def step(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-            down = pl.ds((part * each + i) * depth, depth)
-            tile = w_ref[layer, down, these].astype(jnp.float32)
-            return tuple(s + tile * x_ref[b, down].astype(jnp.float32)[:, None] for b, s in enumerate(sums))
+        def one(w_ref: Any, first: int) -> None:
+            these = pl.ds((place - first) * columns, columns)
 
-        sums = tuple(jnp.zeros((depth, columns), jnp.float32) for _ in range(rows))
-        for b, s in enumerate(jax.lax.fori_loop(0, each, step, sums)):
-            out_ref[part, b, these] = s.sum(0)
+            def step(i: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+                down = pl.ds((part * each + i) * depth, depth)
+                tile = w_ref[layer, down, these].astype(jnp.float32)
+                return tuple(s + tile * x_ref[b, down].astype(jnp.float32)[:, None] for b, s in enumerate(sums))
+
+            sums = tuple(jnp.zeros((depth, columns), jnp.float32) for _ in range(rows))
+            for b, s in enumerate(jax.lax.fori_loop(0, each, step, sums)):
+                out_ref[part, b, pl.ds(place * columns, columns)] = s.sum(0)
+
+        if len(w_refs) == 1:
+            one(w_refs[0], 0)
+            return
+        for w_ref, first, last in zip(w_refs, bounds, bounds[1:], strict=False):
+            pl.when((place >= first) & (place < last))(functools.partial(one, w_ref, first))
 
     parts = pl.pallas_call(
-        kernel, grid=(across, splits), out_shape=jax.ShapeDtypeStruct((splits, rows, outer), jnp.float32),
+        kernel, grid=(across, splits), out_shape=jax.ShapeDtypeStruct((splits, rows, sum(outer)), jnp.float32),
         compiler_params=None if interpret else _params(warps, stages), interpret=interpret,
-        name="decode_product",
-    )(layer.reshape(1), x, weights)  # fmt: skip
-    return parts.sum(0)
+        name="decode_product" if len(stacks) == 1 else f"decode_products_{len(stacks)}",
+    )(layer.reshape(1), x, *stacks)  # fmt: skip
+    return jnp.split(parts.sum(0), [n * columns for n in bounds[1:-1]], axis=1)
 
 
 def _params(warps: int, stages: int) -> Any:
@@ -145,12 +174,13 @@ def attention(
     assert group <= QUERIES, (heads, kv_heads)
     splits = max(1, min(-(-ATTENTION_PROGRAMS // (rows * kv_heads)), -(-keys // KEYS)))
     each = -(-keys // (splits * KEYS))
-    padded = jnp.pad(q.reshape(rows, kv_heads, group, width), ((0, 0), (0, 0), (0, QUERIES - group), (0, 0)))
 
     def kernel(layer_ref: Any, q_ref: Any, k_ref: Any, v_ref: Any, seen_ref: Any, out_ref: Any, stats_ref: Any) -> None:
         row, head, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
         layer = layer_ref[0]
-        queries = q_ref[row, head]
+        ours = jnp.arange(QUERIES)
+        at_most = jnp.minimum(head * group + ours, heads - 1)  # beyond the group: someone else's, thrown away below
+        queries = q_ref[row, at_most, :]
 
         def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             total, top, acc = carry
@@ -186,7 +216,7 @@ def attention(
         ),
         compiler_params=None if interpret else _params(4, 3), interpret=interpret,
         name="decode_attention",
-    )(layer.reshape(1), padded, k, v, visible.astype(jnp.int8))  # fmt: skip
+    )(layer.reshape(1), q, k, v, visible.astype(jnp.int8))  # fmt: skip
     total, top = stats[..., 0, :], stats[..., 1, :]
     scale = jnp.exp(top - top.max(2, keepdims=True))
     out = (acc * scale[..., None]).sum(2) / (total * scale).sum(2)[..., None]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +107,7 @@ def _right_padded(positions: Int[Array, "B L"], segments: Int[Array, "B L"]) -> 
 def _fused(q: Array, k: Array, v: Array, *, segments: Int[Array, "B L"], causal: bool) -> Array:
     real = segments != 0
     if causal:  # padding stands where no real query looks, and cuDNN is faster without lengths
-        out = cudnn.attention(q, k, v, True)
+        out: Any = cudnn.attention(q, k, v, True)
     else:
         lengths = jnp.maximum(real.sum(1, dtype=jnp.int32), 1)  # cuDNN divides by zero over no key
         out = jax.nn.dot_product_attention(
@@ -155,3 +156,42 @@ def _attend_one(q: Array, k: Array, v: Array, visible: Array, axis: str | None =
         out, total = jax.lax.psum((out, weights.sum(-1)), axis)
         out = out / total[..., None]
     return out.reshape(rows, 1, heads, width).astype(q.dtype)
+
+
+MOST_WEIGHTS = 1 << 27  # that `attend_some` holds at once
+
+
+def attend_some(
+    q: Float[Array, "B Q H d"],
+    k: Float[Array, "B K S d"],
+    v: Float[Array, "B K S d"],
+    q_segments: Int[Array, "B Q"],
+    k_segments: Int[Array, "B S"],
+    first: int,
+) -> Float[Array, "B Q H d"]:
+    """A few queries, whose own keys stand from place `first` on, over a cache whose keys lie head by head.
+
+    Few enough queries run at once that no more than `MOST_WEIGHTS` weights exist. A padding query gives zeros.
+    """
+    rows, count, heads, width = q.shape
+    kv_heads, keys = k.shape[1:3]
+    at_once = max(1, min(count, MOST_WEIGHTS // (rows * heads * keys)))
+    at_once = next(n for n in range(at_once, 0, -1) if count % n == 0)
+    place = jnp.arange(keys, dtype=jnp.int32)
+
+    def some(part: tuple[Array, Array, Array]) -> Array:
+        q, segments, index = part
+        grouped = q.reshape(rows, at_once, kv_heads, heads // kv_heads, width)
+        seen = (segments[..., None] == k_segments[:, None]) & (place <= first + index[:, None])  # B q S
+        scores = jnp.einsum("BqKGd,BKSd->BKGqS", grouped, k, preferred_element_type=jnp.float32) / math.sqrt(width)
+        weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -1e30), axis=-1)
+        out = jnp.einsum("BKGqS,BKSd->BqKGd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        out = jnp.where(segments[..., None, None, None] != 0, out, 0.0)
+        return out.reshape(rows, at_once, heads, width).astype(q.dtype)
+
+    def cut(a: Array) -> Array:
+        return jnp.moveaxis(a.reshape(rows, -1, at_once, *a.shape[2:]), 1, 0)
+
+    index = jnp.arange(count, dtype=jnp.int32).reshape(-1, at_once)
+    out = jax.lax.map(some, (cut(q), cut(q_segments), index))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hico_jax.kernels import norm
 from hico_jax.parallel.sharding import ring
 from hico_jax.shapes import Array, Float, Int
 
@@ -98,10 +99,13 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
-        x32 = x.astype(jnp.float32)
-        centred = x32 - x32.mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
-        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        return norm.layer_norm(x, self.scale[...], self.bias[...], self.eps)
+
+    def after(
+        self, x: Float[Array, "*lead D"], update: Float[Array, "*lead D"], bias: Float[Array, " D"]
+    ) -> tuple[Float[Array, "*lead D"], Float[Array, "*lead D"]]:
+        """`x + update + bias` and its norm, in one pass over memory where a kernel runs."""
+        return norm.add_and_norm(x, update, bias, self.scale[...], self.bias[...], self.eps)
 
 
 class RMSNorm(nnx.Module):
@@ -117,9 +121,26 @@ class RMSNorm(nnx.Module):
         return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
+@jax.custom_jvp
 def gelu(x: Float[Array, "*lead"]) -> Float[Array, "*lead"]:
-    """The exact (erf) form; the tanh approximation is not what the checkpoints were trained with."""
-    return jax.nn.gelu(x, approximate=False)
+    """The exact (erf) form in float32, as PyTorch; the tanh form is not what the checkpoints were trained with.
+
+    `jax.nn.gelu` writes it with erfc, which takes a GPU longer than to read and write the numbers.
+    """
+    x32 = x.astype(jnp.float32)
+    return (x32 * _below(x32)).astype(x.dtype)
+
+
+def _below(x: Array) -> Array:
+    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+@gelu.defjvp
+def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (d_x,) = primals, tangents
+    x32 = x.astype(jnp.float32)
+    slope = _below(x32) + x32 * jnp.exp(-0.5 * jnp.square(x32)) / math.sqrt(2 * math.pi)
+    return gelu(x), d_x * slope.astype(x.dtype)  # one number a place is kept, in the type of x
 
 
 ROPE_KINDS = ("default", "yarn", "dynamic")

@@ -95,10 +95,13 @@ def run(
     angles: Callable[[Array], tuple[Array, Array]],
     remat: str = "",
     cache_room: int = 0,
+    first: int = 0,
+    last: int | None = None,
 ) -> tuple[Stream, kv_cache.Cache | None, tuple[Stage, ...]]:
     """All layers of `blocks` (stacked), dropping visual tokens after the layers `schedule` names.
 
-    `remat` is empty (keep all activations) or one of `KEEPS`.
+    `remat` is empty (keep all activations) or one of `KEEPS`. `first` and `last` choose some of the groups of layers
+    between the stages of the drop; the stage before the first one is done.
 
     Raises:
       ValueError: the schedule drops but the batch has no plan, or rows are not dealt as the mesh splits them.
@@ -116,7 +119,7 @@ def run(
     num_layers = jax.tree.leaves(blocks)[0].shape[0]
     bounds = (0, *(schedule.layers if schedule.num_stages else ()), num_layers)
     groups, stages = [], []
-    for stage, (start, stop) in enumerate(itertools.pairwise(bounds)):
+    for stage, (start, stop) in list(enumerate(itertools.pairwise(bounds)))[first:last]:
         if stage > 0:
             assert plan is not None
             stream, scores = _drop(blocks, stream, plan, schedule, stage - 1, angles)

@@ -111,6 +111,9 @@ class Attention(nnx.Module):
     def value(self, x: Float[Array, "B L D"]) -> Float[Array, "B L K d"]:
         return shard(self._fused(x)[..., -1, :], "batch", "length", "kv_heads", None)
 
+    def query_key_value(self, x: Float[Array, "B L D"], place: Place) -> tuple[Array, Array, Array]:
+        return *self.query_key(x, place), self.value(x)
+
     def out(self, mixed: Float[Array, "B L H d"]) -> Float[Array, "B L D"]:
         return contract("BLHd,HdD->BLD", mixed, self.wo[...])
 
