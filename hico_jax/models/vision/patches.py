@@ -20,7 +20,6 @@ from hico_jax.models import layers
 from hico_jax.parallel.sharding import shard
 from hico_jax.shapes import Array, Float, ndarray
 
-
 T = TypeVar("T")
 
 
