@@ -44,6 +44,7 @@ class Tiles(NamedTuple):
 
 
 TILES, SMALL_TILES = Tiles(), Tiles(columns=128)
+WIDE = 64  # tiles side by side, from which on wide ones pay
 JOINED = True  # several products of one input as one kernel; benchmarks compare
 
 
@@ -96,10 +97,13 @@ def contract_all(pattern: str, x: Array, weights: Sequence[Any]) -> list[Array]:
 
 
 def tiles_of(inner: int, outer: Sequence[int]) -> Tiles | None:
-    """How to cut matrices of these shapes into whole tiles: wide ones where enough programs remain."""
+    """How to cut matrices of these shapes into whole tiles: wide ones where many of them lie side by side.
+
+    Elsewhere wide tiles mean more parts to be summed up, which cost more than they gave (docs/speed.md).
+    """
     for tiles in (TILES, SMALL_TILES):
-        enough = sum(outer) // tiles.columns * (inner // tiles.depth) >= 2 * tiles.programs
-        if inner % tiles.depth == 0 and all(n % tiles.columns == 0 for n in outer) and (enough or tiles != TILES):
+        many = sum(outer) // tiles.columns >= WIDE
+        if inner % tiles.depth == 0 and all(n % tiles.columns == 0 for n in outer) and (many or tiles != TILES):
             return tiles
     return None
 

@@ -43,9 +43,9 @@ def test_several_products_of_one_input_equal_each_alone() -> None:
         np.testing.assert_allclose(got, decode.product(x, [stack], LAYER, interpret=True)[0], atol=1e-4)
 
 
-def test_wide_tiles_are_for_matrices_that_keep_every_multiprocessor_busy() -> None:
+def test_wide_tiles_are_for_wide_matrices() -> None:
     assert decode.tiles_of(3584, [18944, 18944]) == decode.TILES
-    assert decode.tiles_of(1536, [1536]) == decode.SMALL_TILES  # 6 x 48 wide tiles
+    assert decode.tiles_of(18944, [3584]) == decode.SMALL_TILES
     assert decode.tiles_of(1536, [1536, 200]) is None
     assert decode.tiles_of(1000, [1536]) is None
 
