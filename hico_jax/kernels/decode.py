@@ -110,12 +110,12 @@ def tiles_of(inner: int, outer: Sequence[int]) -> Tiles | None:
 
 def product(
     x: Float[Array, "B D"],
-    stacks: Sequence[Float[Array, "N D F"]],
+    stacks: Sequence[Float[Array, "N D _"]],
     layer: Int[Array, ""],
     *,
     tiles: Tiles | None = None,
     interpret: bool = False,
-) -> list[Float[Array, "B F"]]:
+) -> list[Float[Array, "B _"]]:
     """`x @ stack[layer]` in float32 for each stack."""
     (rows, inner), outer = x.shape, [stack.shape[2] for stack in stacks]
     tiles = tiles or tiles_of(inner, outer)
