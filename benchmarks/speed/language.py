@@ -58,6 +58,7 @@ def decode(*, model: str, frames: int, small: bool, kernels: bool = True) -> dic
     config = whole.llm
     visual = (16 if small else frames) * whole.compressor.tokens_per_frame
     llm = models.build(config, jnp.bfloat16)
+    compiled: Any = generate._decode
     settings = generate.GenerationConfig(max_new_tokens=8 if small else 256, eos=(-1,))
     drop = models.schedule("none", config.num_layers)
     length = visual + models.TEXT
@@ -78,10 +79,10 @@ def decode(*, model: str, frames: int, small: bool, kernels: bool = True) -> dic
         decode_kernels.JOINED, why = False, f"; products one by one: {str(error)[:120]}"
         jax.clear_caches()
         first, made, size = answer(models.TEXT)
-    programs = generate._decode._cache_size()
+    programs = compiled._cache_size()
     took, made, size = min((answer(models.TEXT) for _ in range(2)), key=lambda a: a[0])
     other, _, _ = answer(models.TEXT - 16)
-    again = generate._decode._cache_size() - programs
+    again = compiled._cache_size() - programs
     count = int(made.lengths[0])
     stream, plan = models.row(config, visual, drop, length=length)
     logits, cache = jax.block_until_ready(

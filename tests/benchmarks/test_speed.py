@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 def test_rows_in_their_small_form_print_and_write_what_a_reader_needs(tmp_path: pathlib.Path) -> None:
     out = tmp_path / "speed.json"
-    names = "roofs,vision_224,second_question_7b"
+    names = "roofs,vision_224"
     command = [sys.executable, "-m", "benchmarks.speed", "--small", "--rows", names, "--json", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
@@ -33,7 +33,6 @@ def test_rows_in_their_small_form_print_and_write_what_a_reader_needs(tmp_path: 
     assert vision["of_roof"] == pytest.approx(vision["value"] / vision["roof"])
     assert vision["times_recorded"] == pytest.approx(vision["value"] / 2395)
     assert vision["compile_s"] > 0
-    assert 0 < found["second_question_7b"]["share"] < 1
     assert set(found["roofs"]["roofs"]) == {"product", "attention", "copy"}
 
 

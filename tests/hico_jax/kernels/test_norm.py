@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from hico_jax.kernels import decode, norm
 
 EPS = 1e-6
+add_and_norm: Any = norm.add_and_norm
 
 
 def inputs(tokens: int, width: int) -> tuple[jax.Array, ...]:
@@ -26,9 +29,9 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("on_the_cpu")
 def test_the_kernel_sums_and_normalizes_like_float64() -> None:
     args = inputs(6, 64)
-    text = str(jax.make_jaxpr(lambda *a: norm.add_and_norm(*a, EPS))(*args))
+    text = str(jax.make_jaxpr(lambda *a: add_and_norm(*a, EPS))(*args))
     assert "pallas_call" in text
-    total, normed = norm.add_and_norm(*args, EPS)
+    total, normed = add_and_norm(*args, EPS)
     x, update, offset, scale, bias = (np.asarray(a, np.float64) for a in args)
     np.testing.assert_allclose(np.asarray(total, np.float64), x + update + offset, rtol=2**-8)  # rounded to 8 bits once
     exact = np.asarray(total, np.float64)
@@ -43,7 +46,7 @@ def test_gradients_of_the_kernel_are_those_of_the_plain_form(monkeypatch: pytest
 
     def loss(*args: jax.Array) -> jax.Array:
         return sum(
-            (a.astype(jnp.float32) * w).sum() for a, w in zip(norm.add_and_norm(*args, EPS), weights, strict=True)
+            (a.astype(jnp.float32) * w).sum() for a, w in zip(add_and_norm(*args, EPS), weights, strict=True)
         )
 
     plain = jax.grad(loss, range(5))(*args)
@@ -59,6 +62,6 @@ def test_gradients_of_the_kernel_are_those_of_the_plain_form(monkeypatch: pytest
 @pytest.mark.parametrize(("tokens", "width"), [(6, 96), (3, 64), (6, 16)])
 def test_what_the_kernel_does_not_take_runs_plain(tokens: int, width: int) -> None:
     args = inputs(tokens, width)
-    assert "pallas_call" not in str(jax.make_jaxpr(lambda *a: norm.add_and_norm(*a, EPS))(*args))
-    total, normed = norm.add_and_norm(*args, EPS)
+    assert "pallas_call" not in str(jax.make_jaxpr(lambda *a: add_and_norm(*a, EPS))(*args))
+    total, normed = add_and_norm(*args, EPS)
     np.testing.assert_array_equal(normed, norm.layer_norm(total, args[3], args[4], EPS))
