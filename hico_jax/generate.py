@@ -19,6 +19,7 @@ from hico_jax.models.compress import progressive
 from hico_jax.models.hico import HiCo
 from hico_jax.models.llm.cache import Cache, take_last
 from hico_jax.models.llm.decoder import Stream
+from hico_jax.models.llm.reuse import Memory
 from hico_jax.parallel import sharding, zigzag
 from hico_jax.shapes import Array, Bool, Float, Int, ndarray
 
@@ -78,7 +79,18 @@ def generate(model: HiCo, prompt: Batch | tuple[Batch, Float[Array, "B S D"]], c
 
 def spliced(model: HiCo, batch: Batch, visual: Float[Array, "B S D"]) -> Stream:
     """A prompt's stream from visual tokens that are encoded already."""
-    return _splice(model, dataclasses.replace(batch, clips=None, images=None), visual)
+    stream = _splice(model, dataclasses.replace(batch, clips=None, images=None), visual)
+    return stream.replace(plain=stream.ring == 1 and _is_plain(batch))
+
+
+def _is_plain(batch: Batch) -> bool:
+    """Whether the host can see that every row is one segment of rising positions, then padding."""
+    segments, positions = batch.segments, batch.positions
+    if not isinstance(segments, np.ndarray) or not isinstance(positions, np.ndarray):
+        return False
+    real = segments == 1
+    ends = (real | (segments == 0)).all() and (real[:, 1:] <= real[:, :-1]).all()
+    return bool(ends and ((np.diff(positions, axis=1) > 0) | ~real[:, 1:]).all())
 
 
 def continue_stream(
@@ -94,6 +106,18 @@ def begin(
 ) -> tuple[Float[Array, "B V"], Cache]:
     """`prefill`, compiled once for each shape: the first half of an answer."""
     return _prefill(llm, stream, plan, schedule=schedule, room=room)
+
+
+def remember(llm: Any, stream: Stream, plan: DropPlan | None, *, schedule: DropSchedule = NO_DROP, room: int) -> Memory:
+    """The beginning of a prompt, up to its last visual token, run once for many questions."""
+    return _remember(llm, stream, plan, schedule=schedule, room=room)
+
+
+def resume(
+    llm: Any, memory: Memory, question: Stream, plan: DropPlan | None, *, schedule: DropSchedule = NO_DROP
+) -> tuple[Float[Array, "B V"], Cache]:
+    """`begin` for a question behind what is remembered; `plan` is that of the whole prompt."""
+    return _resume(llm, memory, question, plan, schedule=schedule)
 
 
 def finish(llm: Any, logits: Float[Array, "B V"], cache: Cache, config: GenerationConfig) -> Generated:
@@ -220,5 +244,20 @@ def _splice(model: HiCo, batch: Batch, visual: Array) -> Stream:
 
 
 _prefill = jax.jit(prefill, static_argnames=("schedule", "room"))
+
+
+@functools.partial(jax.jit, static_argnames=("schedule", "room"))
+def _remember(llm: Any, stream: Stream, plan: DropPlan | None, *, schedule: DropSchedule, room: int) -> Memory:
+    return llm.remember(stream, plan, schedule=schedule, room=room)
+
+
+@functools.partial(jax.jit, static_argnames="schedule")
+def _resume(
+    llm: Any, memory: Memory, question: Stream, plan: DropPlan | None, *, schedule: DropSchedule
+) -> tuple[Array, Cache]:
+    stream, cache = llm.resume(memory, question, plan, schedule=schedule)
+    return logits_of(llm, take_last(stream.x, stream.segments))[:, 0], cache
+
+
 # The cache goes in and comes out so that the loop may write into it where it lies.
 _decode = jax.jit(_decode_loop, static_argnames="config", donate_argnames="cache")

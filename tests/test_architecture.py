@@ -37,7 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "hico_jax.convert.rules": (),
     "hico_jax.convert.safetensors_io": (),
     "hico_jax.models": (),
-    "hico_jax.models.layers": ("hico_jax.shapes", "hico_jax.parallel.sharding"),
+    "hico_jax.models.layers": ("hico_jax.shapes", "hico_jax.kernels.norm", "hico_jax.parallel.sharding"),
     "hico_jax.models.attention": ("hico_jax.shapes", "hico_jax.kernels", "hico_jax.parallel"),
     "hico_jax.models.projector": _BRICKS,
     "hico_jax.models.vision": _BRICKS,

@@ -11,13 +11,16 @@ Padding needs no mask: it stands at the end of a row, where no real query looks.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from hico_jax.kernels import ring
-from hico_jax.shapes import Array
+from hico_jax.kernels.blockwise import SAVED
+from hico_jax.shapes import Array, Float
 
 
 def fits(width: int, length: int) -> bool:
@@ -35,6 +38,41 @@ def _options(q: Array, causal: bool) -> tuple[tuple[Array, ...], dict[str, Any]]
         "scale": q.shape[-1] ** -0.5, "seed": 42, "dropout_rate": 0.0, "variadic_args": (False, False),
         "mask_type": mask, "layout": fused.AttentionLayout.BTNH.value, "sliding_window_length": None,
     }  # fmt: skip
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attention(
+    q: Float[Array, "B L H d"], k: Float[Array, "B S K d"], v: Float[Array, "B S K d"], causal: bool
+) -> Float[Array, "B L H d"]:
+    """`softmax(q k / sqrt(d)) v` without a mask, or causal with as many keys as queries.
+
+    The output and its log-sum-exp have the name `blockwise.SAVED`, so that a recomputing caller may keep them; JAX's
+    own wrapper has no such name and computes attention again.
+    """
+    return _flash(q, k, v, causal, is_training=False)[0]
+
+
+def _flash(q: Array, k: Array, v: Array, causal: bool, is_training: bool = True) -> list[Array]:
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    unused, options = _options(q, causal)
+    return fused._dot_product_attention_fwd_p_wrapper.bind(q, k, v, *unused, **options, is_training=is_training)
+
+
+def _attention_fwd(q: Array, k: Array, v: Array, causal: bool) -> tuple[Array, tuple[Array, ...]]:
+    out, lse = (checkpoint_name(a, SAVED) for a in _flash(q, k, v, causal))
+    return out, (q, k, v, out, lse)
+
+
+def _attention_bwd(causal: bool, saved: tuple[Array, ...], d_out: Array) -> tuple[Array, ...]:
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    q, k, v, out, lse = saved
+    unused, options = _options(q, causal)
+    return tuple(fused._dot_product_attention_bwd_p_wrapper.bind(q, k, v, *unused, lse, out, d_out, **options)[:3])
+
+
+attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def _one_segment(q_segments: Array, k_segments: Array) -> Array:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hico_jax.kernels import backends, blockwise, ring
+from hico_jax.kernels import backends, blockwise, cudnn, decode, ring
 from hico_jax.parallel import context, sharding
 from hico_jax.shapes import Array, Bool, Float, Int
 
@@ -26,11 +27,15 @@ def attend(
     k_positions: Int[Array, "B S"] | None = None,
     q_segments: Int[Array, "B L"] | None = None,
     k_segments: Int[Array, "B S"] | None = None,
+    plain: bool = False,
 ) -> Float[Array, "B L H d"]:
     """`softmax(q k / sqrt(d)) v`; no positions count from 0, no segments are one segment, segment 0 is padding.
 
     A padding query gives zeros. On a GPU in half precision cuDNN runs long rows wherever its masks can say what
     ours say: no mask, causal, and padding on the right. Everything else runs blockwise (short rows: one block).
+
+    Args:
+      plain: the caller knows that every row is one segment of rising positions, then padding.
     """
     if causal and q_segments is not None and q_segments is k_segments and sharding.ring() > 1:
         assert q_positions is not None
@@ -40,7 +45,7 @@ def attend(
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     fused = jax.default_backend() == "gpu" and half and length > blockwise.BLOCK and q.shape[-1] in range(8, 129, 8)
     if fused and all(a is None for a in (q_positions, k_positions, q_segments, k_segments)):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
+        return cudnn.attention(q, k, v, causal)
     where = {
         "q_positions": _default(q_positions, jnp.arange(length, dtype=jnp.int32), (rows, length)),
         "k_positions": _default(k_positions, jnp.arange(keys, dtype=jnp.int32), (rows, keys)),
@@ -49,9 +54,11 @@ def attend(
     }
     blocks = functools.partial(blockwise.attention, **where, causal=causal)
     if fused and q_positions is k_positions and q_segments is k_segments and q_segments is not None:
+        flash = functools.partial(_fused, segments=q_segments, causal=causal)
+        if plain:
+            return flash(q, k, v)
         # Only the data tell whether rows are packed, so both programs are kept and one runs.
-        plain = _right_padded(where["q_positions"], q_segments)
-        return jax.lax.cond(plain, functools.partial(_fused, segments=q_segments, causal=causal), blocks, q, k, v)
+        return jax.lax.cond(_right_padded(where["q_positions"], q_segments), flash, blocks, q, k, v)
     return blocks(q, k, v)
 
 
@@ -99,20 +106,32 @@ def _right_padded(positions: Int[Array, "B L"], segments: Int[Array, "B L"]) -> 
 
 def _fused(q: Array, k: Array, v: Array, *, segments: Int[Array, "B L"], causal: bool) -> Array:
     real = segments != 0
-    lengths = jnp.maximum(real.sum(1, dtype=jnp.int32), 1)  # cuDNN divides by zero over no key
-    out = jax.nn.dot_product_attention(
-        q, k, v, is_causal=causal, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
-    )
+    if causal:  # padding stands where no real query looks, and cuDNN is faster without lengths
+        out: Any = cudnn.attention(q, k, v, True)
+    else:
+        lengths = jnp.maximum(real.sum(1, dtype=jnp.int32), 1)  # cuDNN divides by zero over no key
+        out = jax.nn.dot_product_attention(
+            q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
+        )
     return jnp.where(real[..., None, None], out, jnp.zeros((), out.dtype))
 
 
 def attend_one(
     q: Float[Array, "B 1 H d"],
-    k: Float[Array, "B K S d"],
-    v: Float[Array, "B K S d"],
+    k: Float[Array, "*N B K S d"],
+    v: Float[Array, "*N B K S d"],
     visible: Bool[Array, "B S"],
+    layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "B 1 H d"]:
-    """One query per row over a cache whose keys lie head by head. Every row must see at least one key."""
+    """One query per row over a cache whose keys lie head by head. Every row must see at least one key.
+
+    With `layer`, the cache is the stack of all layers.
+    """
+    if layer is not None and decode.runs(q) and k.dtype == q.dtype and q.shape[2] // k.shape[2] <= decode.QUERIES:
+        out = decode.attention(q[:, 0], k, v, layer, visible, interpret=jax.default_backend() == "cpu")
+        return out[:, None].astype(q.dtype)
+    if layer is not None:
+        k, v = k[layer], v[layer]
     if sharding.ring() > 1:
         run = functools.partial(_attend_one, axis=sharding.SEQUENCE)
         keys = ("batch", "kv_heads", "length")
@@ -137,3 +156,42 @@ def _attend_one(q: Array, k: Array, v: Array, visible: Array, axis: str | None =
         out, total = jax.lax.psum((out, weights.sum(-1)), axis)
         out = out / total[..., None]
     return out.reshape(rows, 1, heads, width).astype(q.dtype)
+
+
+MOST_WEIGHTS = 1 << 27  # that `attend_some` holds at once
+
+
+def attend_some(
+    q: Float[Array, "B Q H d"],
+    k: Float[Array, "B K S d"],
+    v: Float[Array, "B K S d"],
+    q_segments: Int[Array, "B Q"],
+    k_segments: Int[Array, "B S"],
+    first: int,
+) -> Float[Array, "B Q H d"]:
+    """A few queries, whose own keys stand from place `first` on, over a cache whose keys lie head by head.
+
+    Few enough queries run at once that no more than `MOST_WEIGHTS` weights exist. A padding query gives zeros.
+    """
+    rows, count, heads, width = q.shape
+    kv_heads, keys = k.shape[1:3]
+    at_once = max(1, min(count, MOST_WEIGHTS // (rows * heads * keys)))
+    at_once = next(n for n in range(at_once, 0, -1) if count % n == 0)
+    place = jnp.arange(keys, dtype=jnp.int32)
+
+    def some(part: tuple[Array, Array, Array]) -> Array:
+        q, segments, index = part
+        grouped = q.reshape(rows, at_once, kv_heads, heads // kv_heads, width)
+        seen = (segments[..., None] == k_segments[:, None]) & (place <= first + index[:, None])  # B q S
+        scores = jnp.einsum("BqKGd,BKSd->BKGqS", grouped, k, preferred_element_type=jnp.float32) / math.sqrt(width)
+        weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -1e30), axis=-1)
+        out = jnp.einsum("BKGqS,BKSd->BqKGd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        out = jnp.where(segments[..., None, None, None] != 0, out, 0.0)
+        return out.reshape(rows, at_once, heads, width).astype(q.dtype)
+
+    def cut(a: Array) -> Array:
+        return jnp.moveaxis(a.reshape(rows, -1, at_once, *a.shape[2:]), 1, 0)
+
+    index = jnp.arange(count, dtype=jnp.int32).reshape(-1, at_once)
+    out = jax.lax.map(some, (cut(q), cut(q_segments), index))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hico_jax.kernels import norm
 from hico_jax.parallel.sharding import ring
 from hico_jax.shapes import Array, Float, Int
 
@@ -53,14 +54,18 @@ def layer_slice(blocks: T, start: int, stop: int) -> T:
 def in_slices(f: Callable[[Array], Array], x: Float[Array, "B L D"], most: int = 65_536) -> Float[Array, "B L D"]:
     """`f`, which treats tokens one by one, for at most `most` tokens of a device's part of the row at a time.
 
-    The backward pass computes a slice again, so the wide middle of an MLP exists for one slice only. A slice takes
-    every n-th token: then each device slices its own part.
+    The backward pass computes a slice again, so the wide middle of an MLP exists for one slice only. Of a row over
+    several devices a slice takes every n-th token: then each device slices its own part.
     """
     rows, length, dim = x.shape
     shards = ring()
-    count = -(-length // (most * shards))
-    if count == 1 or length % (count * shards):
+    least = -(-length // (most * shards))
+    count = next((n for n in range(least, 4 * least) if length % (n * shards) == 0), 1)
+    if count == 1:
         return f(x)
+    if shards == 1:  # neighbours lie together, so nothing is copied
+        out = jax.lax.map(jax.checkpoint(f), jnp.moveaxis(x.reshape(rows, count, -1, dim), 1, 0))
+        return jnp.moveaxis(out, 0, 1).reshape(x.shape)
     slices = jnp.moveaxis(x.reshape(rows, -1, count, dim), 2, 0)
     out = jax.lax.map(jax.checkpoint(f), slices)
     return jnp.moveaxis(out, 0, 2).reshape(x.shape)
@@ -94,10 +99,13 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*lead D"]) -> Float[Array, "*lead D"]:
-        x32 = x.astype(jnp.float32)
-        centred = x32 - x32.mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.eps)
-        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        return norm.layer_norm(x, self.scale[...], self.bias[...], self.eps)
+
+    def after(
+        self, x: Float[Array, "*lead D"], update: Float[Array, "*lead D"], bias: Float[Array, " D"]
+    ) -> tuple[Float[Array, "*lead D"], Float[Array, "*lead D"]]:
+        """`x + update + bias` and its norm, in one pass over memory where a kernel runs."""
+        return norm.add_and_norm(x, update, bias, self.scale[...], self.bias[...], self.eps)
 
 
 class RMSNorm(nnx.Module):
@@ -113,9 +121,26 @@ class RMSNorm(nnx.Module):
         return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
+@jax.custom_jvp
 def gelu(x: Float[Array, "*lead"]) -> Float[Array, "*lead"]:
-    """The exact (erf) form; the tanh approximation is not what the checkpoints were trained with."""
-    return jax.nn.gelu(x, approximate=False)
+    """The exact (erf) form in float32, as PyTorch; the tanh form is not what the checkpoints were trained with.
+
+    `jax.nn.gelu` writes it with erfc, which takes a GPU longer than to read and write the numbers.
+    """
+    x32 = x.astype(jnp.float32)
+    return (x32 * _below(x32)).astype(x.dtype)
+
+
+def _below(x: Array) -> Array:
+    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+@gelu.defjvp
+def _gelu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (d_x,) = primals, tangents
+    x32 = x.astype(jnp.float32)
+    slope = _below(x32) + x32 * jnp.exp(-0.5 * jnp.square(x32)) / math.sqrt(2 * math.pi)
+    return gelu(x), d_x * slope.astype(x.dtype)  # one number a place is kept, in the type of x
 
 
 ROPE_KINDS = ("default", "yarn", "dynamic")

@@ -102,6 +102,13 @@ def write(
     return _put(stack, update, layer, step, room, (None, *HEADS))
 
 
+def write_at(stack: Float[Array, "N B K S d"], layer: Array, place: int, value: Float[Array, "B Q K d"]) -> Array:
+    """Put several tokens' keys or values into a layer of the stack of one device, from a place on."""
+    update = jnp.swapaxes(value, 1, 2)[None].astype(stack.dtype)
+    zero = jnp.zeros((), jnp.int32)
+    return jax.lax.dynamic_update_slice(stack, update, (layer, zero, zero, jnp.asarray(place, jnp.int32), zero))
+
+
 def mark(segments: Int[Array, "B S"], segment: Int[Array, " B"], step: Array, room: int) -> Int[Array, "B S"]:
     """The segments of a group once step `step` is written."""
     return _put(segments, segment[:, None], None, step, room, ROW)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from hico_jax.batch import Batch, DropPlan, DropSchedule
 from hico_jax.kernels import blockwise
+from hico_jax.kernels import decode as decode_kernels
 from hico_jax.models import layers
 from hico_jax.models.compress import progressive, sharded
 from hico_jax.models.llm import cache as kv_cache
@@ -26,7 +27,10 @@ from hico_jax.parallel import sharding
 from hico_jax.parallel.sharding import shard
 from hico_jax.shapes import Array, Float, Int
 
-KEEPS = ("attention", "nothing", "offload")  # of a recomputed layer: attention's output, no more, or that on the host
+# Of a recomputed layer: attention's output; no more; that on the host; or that and every product with a matrix, so
+# that only norms, rotations and activations are computed again.
+KEEPS = ("attention", "nothing", "offload", "products")
+SLICE, FRUGAL_SLICE = 65_536, 16_384  # tokens in an MLP at a time, training and not
 
 
 class Place(NamedTuple):
@@ -36,6 +40,8 @@ class Place(NamedTuple):
     sin: Float[Array, "B L d"]
     positions: Int[Array, "B L"]
     segments: Int[Array, "B L"]
+    plain: bool = False  # see `Stream`
+    slice: int = SLICE  # tokens in an MLP at a time
 
 
 class Stream(flax.struct.PyTreeNode):
@@ -54,6 +60,7 @@ class Stream(flax.struct.PyTreeNode):
     survives: Any = None  # Int8[B L]
     labelled: Any = None  # Bool[B L]
     ring: int = flax.struct.field(pytree_node=False, default=1)  # devices the tokens are dealt to
+    plain: bool = flax.struct.field(pytree_node=False, default=False)  # known: every row is one segment, then padding
 
     @classmethod
     def begin(cls, x: Float[Array, "B L D"], batch: Batch) -> Stream:
@@ -88,10 +95,13 @@ def run(
     angles: Callable[[Array], tuple[Array, Array]],
     remat: str = "",
     cache_room: int = 0,
+    first: int = 0,
+    last: int | None = None,
 ) -> tuple[Stream, kv_cache.Cache | None, tuple[Stage, ...]]:
     """All layers of `blocks` (stacked), dropping visual tokens after the layers `schedule` names.
 
-    `remat` is empty (keep all activations) or one of `KEEPS`.
+    `remat` is empty (keep all activations) or one of `KEEPS`. `first` and `last` choose some of the groups of layers
+    between the stages of the drop; the stage before the first one is done.
 
     Raises:
       ValueError: the schedule drops but the batch has no plan, or rows are not dealt as the mesh splits them.
@@ -109,12 +119,12 @@ def run(
     num_layers = jax.tree.leaves(blocks)[0].shape[0]
     bounds = (0, *(schedule.layers if schedule.num_stages else ()), num_layers)
     groups, stages = [], []
-    for stage, (start, stop) in enumerate(itertools.pairwise(bounds)):
+    for stage, (start, stop) in list(enumerate(itertools.pairwise(bounds)))[first:last]:
         if stage > 0:
             assert plan is not None
             stream, scores = _drop(blocks, stream, plan, schedule, stage - 1, angles)
             stages.append(Stage(stream, scores))
-        place = _place(stream, angles)
+        place = _place(stream, angles)._replace(slice=FRUGAL_SLICE if cache_room else SLICE)
         x, group = _run_layers(blocks, start, stop, stream.x, place, remat=remat, cache_room=cache_room)
         stream = stream.replace(x=x)
         if cache_room:
@@ -125,7 +135,7 @@ def run(
 
 
 def _place(stream: Stream, angles: Callable[[Array], tuple[Array, Array]]) -> Place:
-    return Place(*angles(stream.positions), stream.positions, stream.segments)
+    return Place(*angles(stream.positions), stream.positions, stream.segments, stream.plain)
 
 
 def _run_layers(
@@ -157,6 +167,10 @@ def _policy(keeps: str) -> Any:
             names_which_can_be_saved=[], names_which_can_be_offloaded=[blockwise.SAVED],
             offload_src="device", offload_dst="pinned_host",
         )  # fmt: skip
+    if keeps == "products":
+        return policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(blockwise.SAVED)
+        )
     assert keeps == "nothing", keeps
     return policies.nothing_saveable
 
@@ -237,7 +251,7 @@ def decode(
             place: Place = place,
             visible: Array = visible,
         ) -> tuple[Array, Array, Array]:
-            block = jax.tree.map(lambda p: p[first + i], blocks)
+            block = decode_kernels.layer_of(blocks, first + i, carry[0])
             return block.decode(carry[0], place, *carry[1:], i, (cache.step, cache.room), visible)
 
         x, k, v = jax.lax.fori_loop(0, count, step, (x, group.k, group.v))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hico_jax.convert.rules import Rule
+from hico_jax.kernels.decode import contract
 from hico_jax.models import layers
 from hico_jax.models.llm import qwen2
 from hico_jax.models.llm.decoder import Place
@@ -95,7 +96,7 @@ class Attention(nnx.Module):
 
     def _fused(self, x: Float[Array, "B L D"]) -> Float[Array, "B L K g d"]:
         """Called for queries and keys and again for values; the compiler computes it once."""
-        return jnp.einsum("BLD,DKgd->BLKgd", x, self.wqkv[...].astype(x.dtype))
+        return contract("BLD,DKgd->BLKgd", x, self.wqkv[...])
 
     def query_key(
         self, x: Float[Array, "B L D"], place: Place
@@ -110,8 +111,11 @@ class Attention(nnx.Module):
     def value(self, x: Float[Array, "B L D"]) -> Float[Array, "B L K d"]:
         return shard(self._fused(x)[..., -1, :], "batch", "length", "kv_heads", None)
 
+    def query_key_value(self, x: Float[Array, "B L D"], place: Place) -> tuple[Array, Array, Array]:
+        return *self.query_key(x, place), self.value(x)
+
     def out(self, mixed: Float[Array, "B L H d"]) -> Float[Array, "B L D"]:
-        return jnp.einsum("BLHd,HdD->BLD", mixed, self.wo[...].astype(mixed.dtype))
+        return contract("BLHd,HdD->BLD", mixed, self.wo[...])
 
 
 class InternLM2(qwen2.Qwen2):

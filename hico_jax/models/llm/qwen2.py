@@ -16,9 +16,10 @@ from flax import nnx
 
 from hico_jax.batch import DropPlan, DropSchedule
 from hico_jax.convert.rules import Rule
+from hico_jax.kernels.decode import contract, contract_all
 from hico_jax.models import attention, layers
 from hico_jax.models.llm import cache as kv_cache
-from hico_jax.models.llm import decoder
+from hico_jax.models.llm import decoder, reuse
 from hico_jax.models.llm.decoder import Place, Stream
 from hico_jax.parallel.sharding import lookup, shard
 from hico_jax.shapes import Array, Bool, Float, Int
@@ -200,12 +201,22 @@ class Attention(nnx.Module):
     def value(self, x: Float[Array, "B L D"]) -> Float[Array, "B L K d"]:
         return shard(_project(x, self.wv, self.bv), "batch", "length", "kv_heads", None)
 
+    def query_key_value(self, x: Float[Array, "B L D"], place: Place) -> tuple[Array, Array, Array]:
+        """`query_key` and `value` together: of a single token one kernel reads all three weights."""
+        weights = (self.wq[...], self.wk[...], self.wv[...])
+        q, k, v = contract_all("BLD,DHd->BLHd", x, weights)
+        q, k, v = (a + b[...].astype(x.dtype) for a, b in ((q, self.bq), (k, self.bk), (v, self.bv)))
+        q, k = (layers.rotate(a, place.cos, place.sin) for a in (q, k))
+        heads = ("heads", "kv_heads", "kv_heads")
+        q, k, v = (shard(a, "batch", "length", axis, None) for a, axis in zip((q, k, v), heads, strict=True))
+        return q, k, v
+
     def out(self, mixed: Float[Array, "B L H d"]) -> Float[Array, "B L D"]:
-        return jnp.einsum("BLHd,HdD->BLD", mixed, self.wo[...].astype(mixed.dtype))
+        return contract("BLHd,HdD->BLD", mixed, self.wo[...])
 
 
 def _project(x: Array, weight: nnx.Param, bias: nnx.Param) -> Array:
-    return jnp.einsum("BLD,DHd->BLHd", x, weight[...].astype(x.dtype)) + bias[...].astype(x.dtype)
+    return contract("BLD,DHd->BLHd", x, weight[...]) + bias[...].astype(x.dtype)
 
 
 class MLP(nnx.Module):
@@ -218,8 +229,8 @@ class MLP(nnx.Module):
         self.down = layers.param(layers.normal(rngs, outward, config.init_std), ("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+        gate, up = contract_all("BLD,DF->BLF", x, (self.gate[...], self.up[...]))
+        return contract("BLF,FD->BLD", jax.nn.silu(gate) * up, self.down[...])
 
 
 class Block(nnx.Module):
@@ -244,9 +255,10 @@ class Block(nnx.Module):
             k_positions=place.positions,
             q_segments=place.segments,
             k_segments=place.segments,
+            plain=place.plain,
         )
         x = x + self.attn.out(mixed)
-        return x + layers.in_slices(lambda x: self.mlp(self.post_norm(x)), x), (k, v)
+        return x + layers.in_slices(lambda x: self.mlp(self.post_norm(x)), x, place.slice), (k, v)
 
     def attention_query_key(self, x: Float[Array, "B L D"], place: Place) -> tuple[Array, Array]:
         """What this layer would ask and answer: the norm, q, k and rotation, for scoring tokens before it runs."""
@@ -264,10 +276,26 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B 1 D"], Array, Array]:
         """One token against the cache of its group, `at` its step and room; returns the stacks with it written in."""
         normed = self.input_norm(x)
-        q, k = self.attn.query_key(normed, place)
-        keys = kv_cache.write(keys, layer, *at, k)
-        values = kv_cache.write(values, layer, *at, self.attn.value(normed))
-        x = x + self.attn.out(attention.attend_one(q, keys[layer], values[layer], visible))
+        q, k, v = self.attn.query_key_value(normed, place)
+        keys, values = kv_cache.write(keys, layer, *at, k), kv_cache.write(values, layer, *at, v)
+        x = x + self.attn.out(attention.attend_one(q, keys, values, visible, layer))
+        return x + self.mlp(self.post_norm(x)), keys, values
+
+    def extend(
+        self,
+        x: Float[Array, "B Q D"],
+        place: Place,
+        keys: Array,
+        values: Array,
+        layer: Array,
+        at: int,
+        segments: Int[Array, "B S"],
+    ) -> tuple[Float[Array, "B Q D"], Array, Array]:
+        """`decode` for several tokens, which are written from place `at` on and see what stands before them."""
+        q, k, v = self.attn.query_key_value(self.input_norm(x), place)
+        keys, values = (kv_cache.write_at(a, layer, at, b) for a, b in ((keys, k), (values, v)))
+        mixed = attention.attend_some(q, keys[layer], values[layer], place.segments, segments, at)
+        x = x + self.attn.out(mixed)
         return x + self.mlp(self.post_norm(x)), keys, values
 
 
@@ -303,6 +331,19 @@ class Qwen2(nnx.Module):
         """One more token of every row; returns its hidden state and the cache that holds it."""
         x, cache = decoder.decode(self.blocks, x, cache, angles=self.angles)
         return self.norm(x), cache
+
+    def remember(
+        self, stream: Stream, plan: DropPlan | None, *, schedule: DropSchedule = NO_DROP, room: int
+    ) -> reuse.Memory:
+        """What no question changes of a prompt's beginning; see `reuse.py`."""
+        return reuse.remember(self.blocks, stream, plan, schedule=schedule, angles=self.angles, room=room)
+
+    def resume(
+        self, memory: reuse.Memory, question: Stream, plan: DropPlan | None, *, schedule: DropSchedule = NO_DROP
+    ) -> tuple[Stream, kv_cache.Cache]:
+        """A question behind what is remembered, and the last norm."""
+        stream, cache = reuse.resume(self.blocks, memory, question, plan, schedule=schedule, angles=self.angles)
+        return stream.replace(x=self.norm(stream.x)), cache
 
     def trace(self, stream: Stream, plan: DropPlan, *, schedule: DropSchedule) -> tuple[decoder.Stage, ...]:
         """Which tokens are alive after each stage of the drop, and the scores that chose them."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from flax import nnx
 from hico_jax.models import layers
 from hico_jax.parallel.sharding import shard
 from hico_jax.shapes import Array, Float, ndarray
+
+T = TypeVar("T")
 
 
 def check_grid(image_px: int, patch_px: int) -> None:
@@ -54,13 +56,17 @@ class PatchEmbed(nnx.Module):
         return squares @ weight.reshape(-1, weight.shape[-1]) + self.b[...].astype(pixels.dtype)
 
 
-def through(blocks: Any, x: Float[Array, "B Q E"], *, remat: bool) -> Float[Array, "B Q E"]:
-    """`x` after every block of a stacked module. With `remat` each is computed again in the backward pass."""
+def through(blocks: Any, x: T, *, remat: bool) -> T:
+    """`x`, patches or a tuple with patches, after every block of a stacked module. With `remat` each is computed again
+    in the backward pass."""
 
-    def step(x: jax.Array, block: Any) -> tuple[jax.Array, None]:
-        return shard(block(x), "clips", None, None), None
+    def spread(x: Any) -> Any:
+        return jax.tree.map(lambda a: shard(a, "clips", None, None) if a.ndim == 3 else a, x)
 
-    x = shard(x, "clips", None, None)
+    def step(x: Any, block: Any) -> tuple[Any, None]:
+        return spread(block(x)), None
+
+    x = spread(x)
     return jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if remat else step, x, blocks)[0]
 
 

@@ -70,6 +70,10 @@ VARIANTS = {
 }
 
 
+# A sum is left to the norm behind it, which reads it anyway: the stream, what is to be added, and a bias to be added.
+Carry = tuple[Float[Array, "B P E"], Float[Array, "B P E"], Float[Array, " E"]]
+
+
 class UMT(nnx.Module):
     """The tower (`PretrainVisionTransformer` in the reference). No class token; a final norm of its own epsilon."""
 
@@ -96,7 +100,8 @@ class UMT(nnx.Module):
         )
         x = self.patch(pixels)
         x = x + jnp.asarray(table, x.dtype)
-        return self.norm(patches.through(self.blocks, x, remat=config.remat))
+        start = (x, jnp.zeros_like(x), jnp.zeros(config.embed_dim, x.dtype))
+        return self.norm.after(*patches.through(self.blocks, start, remat=config.remat))[1]
 
 
 class Block(nnx.Module):
@@ -110,9 +115,13 @@ class Block(nnx.Module):
         self.up = layers.Linear(dim, mlp_dim, ("vision_embed", "mlp"), rngs=rngs)
         self.down = layers.Linear(mlp_dim, dim, ("mlp", "vision_embed"), rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B P E"]) -> Float[Array, "B P E"]:
-        x = x + self.attn(self.norm1(x))
-        return x + self.down(layers.gelu(self.up(self.norm2(x))))
+    def __call__(self, stream: Carry) -> Carry:
+        """The stream's sum through the block, whose own last sum is left to be done."""
+        x, normed = self.norm1.after(*stream)
+        x, normed = self.norm2.after(x, *self.attn(normed))
+        middle = layers.gelu(self.up(normed))
+        assert self.down.b is not None
+        return x, middle @ self.down.w[...].astype(x.dtype), self.down.b[...].astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -129,12 +138,17 @@ class Attention(nnx.Module):
         self.wo = layers.param(out, ("heads", "head_dim", "vision_embed"))
         self.o_bias = layers.param(jnp.zeros(dim), ("vision_embed",))
 
-    def __call__(self, x: Float[Array, "B P E"]) -> Float[Array, "B P E"]:
+    def __call__(self, x: Float[Array, "B P E"]) -> tuple[Float[Array, "B P E"], Float[Array, " E"]]:
+        """What attention adds to the stream, and the bias that belongs to it."""
         dtype = x.dtype
-        q, k, v = jnp.einsum("BPE,EcHd->cBPHd", x, self.wqkv[...].astype(dtype))
-        q, v = q + self.q_bias[...].astype(dtype), v + self.v_bias[...].astype(dtype)
-        seen = attend(q, k, v, causal=False)
-        return jnp.einsum("BPHd,HdE->BPE", seen, self.wo[...].astype(dtype)) + self.o_bias[...].astype(dtype)
+        weights, wo = self.wqkv[...].astype(dtype), self.wo[...].astype(dtype)
+        # Three products: the parts of one would have to be copied apart for the attention kernel.
+        q, k, v = (jnp.einsum("BPE,EHd->BPHd", x, weights[:, i]) for i in range(3))
+        seen = attend(q + self.q_bias[...].astype(dtype), k, v, causal=False)
+        # Weights of attention add up to 1, so the values' bias may as well be added behind it, once for all patches.
+        bias = jnp.einsum("Hd,HdE->E", self.v_bias[...].astype(dtype), wo, preferred_element_type=jnp.float32)
+        bias = bias + self.o_bias[...].astype(jnp.float32)
+        return jnp.einsum("BPHd,HdE->BPE", seen, wo), bias.astype(dtype)
 
 
 @functools.cache

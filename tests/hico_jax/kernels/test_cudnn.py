@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,9 @@ def test_its_primitives_take_what_we_give_them() -> None:
     assert [a.shape for a in out] == [(2, 256, 4, 64), (2, 256, 4)]
     grads = jax.eval_shape(lambda q, k, l, s: cudnn.backward(q, k, k, q, l, q, s, s, None), q, k, lse, segments)
     assert [a.shape for a in grads] == [q.shape, k.shape, k.shape]
+    attend: Any = cudnn.attention
+    whole = lambda q, k: jax.value_and_grad(lambda *a: attend(*a, True).sum(), (0, 1, 2))(q, k, k)
+    assert [a.shape for a in jax.eval_shape(whole, q, k)[1]] == [q.shape, k.shape, k.shape]
 
 
 @pytest.mark.gpu

@@ -71,7 +71,11 @@ def test_the_fused_path_is_taken_only_where_its_mask_says_the_same(
         with jax.numpy_dtype_promotion("standard"):  # the stand-in mixes types; cuDNN would not
             return original(*arrays, implementation="xla", **options)
 
+    def flash(q: Any, k: Any, v: Any, causal: bool) -> Any:
+        return stand_in(q, k, v, is_causal=causal, implementation="cudnn")
+
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention.cudnn, "attention", flash)
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     length = 520
     rng = np.random.default_rng(0)
@@ -83,8 +87,11 @@ def test_the_fused_path_is_taken_only_where_its_mask_says_the_same(
         positions = jnp.asarray(np.concatenate([np.arange(n, dtype=np.int32) for _, n in split])[None])
         given = {"q_positions": positions, "k_positions": positions, "q_segments": segments, "k_segments": segments}
         ours = given
-    got = attention.attend(q, k, v, causal=causal, **given)
-    assert calls
     expected = reference.attention(q, k, v, **ours, causal=causal)
-    # bfloat16 has 8 bits: weights and output are each rounded once
-    np.testing.assert_allclose(got.astype(jnp.float32), expected.astype(jnp.float32), atol=3e-2)
+    packed = split is not None and len({s for s, _ in split if s}) > 1
+    for plain in (False,) if packed else (False, True):
+        calls.clear()
+        got = attention.attend(q, k, v, causal=causal, plain=plain, **given)
+        assert calls
+        # bfloat16 has 8 bits: weights and output are each rounded once
+        np.testing.assert_allclose(got.astype(jnp.float32), expected.astype(jnp.float32), atol=3e-2)

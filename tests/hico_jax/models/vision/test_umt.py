@@ -73,10 +73,10 @@ def test_intermediates(golden):
     patches = tower.patch(jnp.asarray(x))
     np.testing.assert_allclose(patches[:, :64], tensors["patch_embed_first64"], atol=1e-5)  # sums of 768
     block = layers.layer_slice(tower.blocks, 0, 1)
-    out, _ = jax.jit(lambda x, blocks: jax.lax.scan(lambda x, block: (block(x), None), x, blocks))(
-        tensors["block0_in"], block
-    )
-    np.testing.assert_allclose(out, tensors["block0_out"], atol=1e-5)
+    x = jnp.asarray(tensors["block0_in"])
+    start = (x - 1, jnp.full_like(x, 0.25), jnp.full(x.shape[-1], 0.75))  # what the block before left to be added
+    left, _ = jax.jit(lambda *a: jax.lax.scan(lambda carry, block: (block(carry), None), *a))(start, block)
+    np.testing.assert_allclose(left[0] + left[1] + left[2], tensors["block0_out"], atol=1e-5)
 
 
 def check_table(table, tensors, prefix, name):
@@ -176,16 +176,18 @@ def test_clips_do_not_meet_but_their_frames_do(tiny):
     assert np.abs(out[1] - other[1]).reshape(4, -1).max(1).min() > 1e-3  # the first frames feel the last
 
 
-def test_key_bias_would_change_nothing(tiny):
-    """Why keys need none: softmax ignores what is the same for every key."""
+def test_key_bias_would_change_nothing_and_value_bias_is_added_behind(tiny):
+    """Why keys need none: softmax ignores what is the same for every key. And its weights add up to one."""
     attention = jax.tree.map(lambda p: p[0], tiny.blocks.attn)
+    attention.v_bias = attention.v_bias.replace(jnp.linspace(-1, 1, 32, dtype=jnp.float32).reshape(2, 16))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 6, 32)), jnp.float32)
     q, k, v = np.einsum("BPE,EcHd->cBPHd", x, attention.wqkv[...])
     scores = np.einsum("BLHd,BSHd->BHLS", q, k + 3.0) / np.sqrt(16)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    expected = np.einsum("BHLS,BSHd,HdE->BLE", weights, v, attention.wo[...])
-    np.testing.assert_allclose(attention(x), expected, atol=1e-6)
+    expected = np.einsum("BHLS,BSHd,HdE->BLE", weights, v + attention.v_bias[...], attention.wo[...])
+    seen, bias = attention(x)
+    np.testing.assert_allclose(seen + bias, expected, atol=1e-6)
 
 
 def test_residual_follows_the_activations(tiny):
