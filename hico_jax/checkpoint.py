@@ -45,9 +45,10 @@ class Checkpointer:
     """The checkpoints of one run."""
 
     def __init__(self, workdir: str, config: CheckpointConfig) -> None:
-        self.folder = epath.Path(workdir) / FOLDER
+        folder = epath.Path(workdir) / FOLDER
+        self.folder = folder if "://" in workdir else folder.absolute()  # Orbax reads no relative path
         self._manager = ocp.CheckpointManager(
-            self.folder.absolute() if "://" not in workdir else self.folder,
+            self.folder,
             options=ocp.CheckpointManagerOptions(
                 max_to_keep=config.keep,
                 enable_async_checkpointing=config.asynchronous,

@@ -55,6 +55,16 @@ def test_what_is_saved_comes_back(tmp_path: pathlib.Path) -> None:
     assert alone.optimizer is None
 
 
+def test_a_folder_may_be_named_from_here(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(pathlib.Path("run"), 2)
+    found = restore(pathlib.Path("run"))
+    np.testing.assert_array_equal(found.params["llm"]["w"], PARAMS["llm"]["w"] + 2)
+    assert found.meta["step"] == 2
+    assert checkpoint.load_params("run", wanted(PARAMS)).meta["step"] == 2
+    assert not found.skipped
+
+
 def test_the_newest_are_kept(tmp_path: pathlib.Path) -> None:
     save(tmp_path, 1, 2, 3, keep=2)
     saved = Checkpointer(str(tmp_path), CheckpointConfig())
