@@ -87,7 +87,7 @@ def _stages(*, pictures: int, rows: int, short: int, long: int, high: int, kill_
 
 FULL = Plan(
     name="full",
-    promise="no weights, no accelerator, about nine minutes on two cores",
+    promise="no weights, no accelerator, about ten minutes on two cores",
     preset="nano",
     stages=_stages(pictures=120, rows=24, short=400, long=40, high=40, kill_at=120),
     asked="stage3_long",
