@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--world", type=pathlib.Path, help="made before, to share it between recipes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=4, help="films of each length and depth; two questions each")
-    for name in ("pictures", "short", "short-rows", "long", "long-rows", "long-frames"):
+    for name in ("pictures", "picture-rows", "short", "short-rows", "long", "long-rows", "long-frames"):
         parser.add_argument(f"--{name}", type=int)
     for name in ("short-lr", "long-lr"):
         parser.add_argument(f"--{name}", type=float)
@@ -46,7 +46,7 @@ def main() -> int:
     else:
         make.make_world(args.out / "world", preset=plan.FULL.preset, seed=args.seed)
     steps = {"stage2": args.pictures, "stage3": args.short, "stage3_long": args.long}
-    rows = {"stage3": args.short_rows, "stage3_long": args.long_rows}
+    rows = {"stage2": args.picture_rows, "stage3": args.short_rows, "stage3_long": args.long_rows}
     rates = {"stage3": args.short_lr, "stage3_long": args.long_lr}
     stages = []
     for stage in plan.FULL.stages[:-1]:
@@ -58,6 +58,8 @@ def main() -> int:
         if stage.name == "stage3_long" and args.long_frames:
             clips = args.long_frames // 4
             tune += (f"data.max_frames={args.long_frames}", *plan.shape(96 + 16 * clips, clips, 0))
+        # The last of each key: a tuple that is given twice would be joined.
+        tune = tuple({flag.partition("=")[0]: flag for flag in tune}.values())
         stages.append(dataclasses.replace(stage, tune=tune, steps=steps.get(stage.name) or stage.steps, kill_at=None))
     chosen = dataclasses.replace(plan.FULL, stages=tuple(stages))
     began = time.monotonic()

@@ -37,16 +37,13 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager
         files, placed = plan_media(self._samples)
-        return {"samples": self._told(placed), "media": self._held(files)}
-
-    def _generate_examples(self) -> Any:  # the base class asks for one
-        raise NotImplementedError
+        return {"samples": self._told(placed), "media": self._generate_examples(files)}
 
     def _told(self, placed: Sequence[Sample]) -> Iterator[tuple[int, dict[str, bytes]]]:
         for i, sample in enumerate(placed):
             yield i, {"text": json.dumps(dataclasses.asdict(sample)).encode(), "content": b""}
 
-    def _held(self, files: Sequence[str]) -> Any:
+    def _generate_examples(self, files: Sequence[str]) -> Any:
         if self._beam:
             beam = tfds.core.lazy_imports.apache_beam
             return beam.Create(list(enumerate(files))) | beam.Map(_held)

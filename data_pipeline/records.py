@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -126,9 +127,13 @@ class Media:
         part = pathlib.Path(tempfile.mkdtemp(dir=self.cache, prefix="."))
         for item in items:
             (part / item["text"].decode()).write_bytes(item["content"])
-        with contextlib.suppress(FileExistsError, OSError):  # another process may have been quicker
+        try:
             os.replace(part if kind == "folder" else part / items[0]["text"].decode(), target)
-        shutil.rmtree(part, ignore_errors=True)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # those: another process was quicker
+                raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
     def _forget(self, size: int) -> None:
         """Make room for `size` bytes: the files that were not used for longest go first, whoever wrote them."""

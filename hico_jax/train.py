@@ -128,7 +128,8 @@ def compile_ahead(experiment: Experiment, batches: Iterable[Any], devices: Seque
     """Compile the step for the first batch, from shapes alone: with JAX_COMPILATION_CACHE_DIR set, the run finds it."""
     mesh = make_mesh(experiment.mesh, devices)
     with jax.set_mesh(mesh), context.using(experiment.mesh.context):
-        stepper = Stepper(experiment, start := abstract_start(experiment, mesh), mesh, lambda text: print(text))
+        start = abstract_start(experiment, mesh)
+        stepper = Stepper(experiment, start, mesh, print)
         batch, _, _ = Source(batches, 0, None).next(1)
         stepper.compiled(start.state, stepper.put(batch))
 
