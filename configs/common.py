@@ -20,7 +20,7 @@ from hico_jax.config import (
     thaw,
 )
 
-TOYS = ("nano", "nano_hd", "tiny")
+TOYS = ("nano", "nano_hd", "hico_nano", "hico_nano_hd", "tiny")
 
 # Reads what `hico world` writes; small enough for a laptop's CPU.
 TOY_DATA = {

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from configs import common
 
-TWINS = {"umt_qwen2_7b": "umt_hd_qwen2_7b", "nano": "nano_hd"}
+TWINS = {"umt_qwen2_7b": "umt_hd_qwen2_7b", "nano": "nano_hd", "hico_nano": "hico_nano_hd"}
 
 
 def get_config(arg: str = "umt_hd_qwen2_7b") -> common.ConfigDict:

@@ -385,7 +385,8 @@ def _reading(plan: Plan, first: int, steps: int) -> grain.IterDataset:
         return rows.to_iter_dataset(options).batch(count, batch_fn=list)
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain asks for a flag, also in a program that has none
-    ahead = grain.ReadOptions(config.read_threads, max(1, config.prefetch_rows // count))
+    steps_ahead = max(1, config.prefetch_rows // count)
+    ahead = grain.ReadOptions(min(config.read_threads, steps_ahead), steps_ahead)
     batches = rows.batch(count, batch_fn=list).to_iter_dataset(ahead)
     return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.worker_count))
 

@@ -59,6 +59,10 @@ def _toy(vision: str, note: str) -> Entry:
     )
 
 
+def _hico_nano(vision: str, note: str) -> Entry:
+    return Entry(("umt", vision), ("tome", "tome16"), ("qwen2", "hico-nano"), "nano", note=note, max_length=262144)
+
+
 MODELS: dict[str, Entry] = {
     "umt_hd_qwen2_5_1_5b": _released(
         "umt-hd-large", "qwen2.5-1.5b", "VideoChat-Flash-Qwen2_5-2B_res448", "The smallest released model."
@@ -82,6 +86,8 @@ MODELS: dict[str, Entry] = {
     "internvl_hico_r64": _internvl("tome64", "InternVL_2_5_HiCo_R64", "The same with 64 tokens a frame."),
     "nano": _toy("nano", "Trains on a laptop CPU in minutes; the demo's model."),
     "nano_hd": _toy("nano-hd", "nano at 80 pixels, for its stage 4."),
+    "hico_nano": _hico_nano("hico-nano", "11 million parameters; `launch/nano.sh` trains it on one GPU."),
+    "hico_nano_hd": _hico_nano("hico-nano-hd", "hico_nano at 112 pixels, for its stage 4."),
     "tiny": Entry(
         ("umt", "tiny"), ("tome", "tiny"), ("qwen2", "tiny"), "nano", note="For tests.", max_length=512, dtype="float32"
     ),

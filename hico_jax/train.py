@@ -279,6 +279,9 @@ def main(argv: Sequence[str]) -> int:
         return _train(experiment, compile_only=bool(ahead))
 
 
+_HELD: list[Any] = []  # loaders that must not be collected before the program ends
+
+
 def _train(experiment: Experiment, *, compile_only: bool = False) -> int:
     loader = make_loader(
         experiment.data, experiment.model.geometry(),
@@ -293,8 +296,11 @@ def _train(experiment: Experiment, *, compile_only: bool = False) -> int:
     if experiment.train.steps is None:
         settings = dataclasses.replace(experiment.train, steps=loader.num_steps)
         experiment = dataclasses.replace(experiment, train=settings)
+    if experiment.data.worker_count:  # its processes are ended with the program, at once; closing waits for each
+        _HELD.append(loader)
+    closing = contextlib.nullcontext() if experiment.data.worker_count else contextlib.closing(loader)
     if compile_only:
-        with contextlib.closing(loader):
+        with closing:
             compile_ahead(experiment, loader)
         return 0
     show = None
@@ -302,6 +308,6 @@ def _train(experiment: Experiment, *, compile_only: bool = False) -> int:
         rows = range(min(experiment.train.num_samples, experiment.data.batch_size))
         fixed = loader.plan.collate([loader.plan.make(i) for i in rows])
         show = samples(fixed, tokenizer.decode, tokenizer.eos_ids)
-    with contextlib.closing(loader):
+    with closing:
         state = fit(experiment, loader, decode=tokenizer.decode, evaluate=show)
     return 0 if int(jax.device_get(state.step)) >= experiment.num_steps else AGAIN

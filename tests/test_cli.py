@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -260,3 +261,28 @@ def test_what_trains_starts_over_once_with_larger_pages(
         monkeypatch.setenv("GLIBC_TUNABLES", tuned)
     assert entry.run() == 0
     assert [e["GLIBC_TUNABLES"] for e in started] == [entry.HUGE_PAGES] * again
+
+
+def test_reading_processes_do_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[str] = []
+
+    class Child:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def kill(self) -> None:
+            killed.append(self.name)
+
+    children = [Child("grain-process-prefetch-1"), Child("mine")]
+    left: list[int] = []
+    monkeypatch.setattr(sys, "argv", ["hico", "train"])
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    monkeypatch.setattr(entry, "main", lambda: 75)
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(multiprocessing, "active_children", lambda: children)
+    entry.run()
+    assert killed == ["grain-process-prefetch-1"]
+    assert left == [75]
+    children.pop(0)
+    assert entry.run() == 75
+    assert left == [75]

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Iterator
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.world.glyphs import bitmap
 from data_pipeline.world.scene import COLOURS, SHAPES, Card, Ground, Mover, Scene
@@ -95,13 +96,26 @@ def _shaded(event: Card | Mover) -> tuple[int, int, int]:
 
 
 @functools.lru_cache(maxsize=512)
-def _card(content: str, colour: tuple[int, int, int], size: float, px: int) -> UInt8[ndarray, "height width 3"]:
+def _card(
+    content: str, colour: tuple[int, int, int], size: float, px: int, hint: str
+) -> UInt8[ndarray, "height width 3"]:
     rim = max(2, px // 16)
     canvas = np.empty((px, px, 3), np.uint8)
     canvas[:] = _RIM
     canvas[rim:-rim, rim:-rim] = _DARK
     _blit(canvas, sprite(content, _pixels(size, px)), colour, 0.5, 0.5)
-    return canvas
+    return _written(canvas, hint) if hint else canvas
+
+
+def _written(card: UInt8[ndarray, "px px 3"], hint: str) -> UInt8[ndarray, "px px 3"]:
+    """The card with a hint along its lower edge."""
+    image, px = Image.fromarray(card), card.shape[0]
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=max(8, px // 6))
+    left, top, right, bottom = pen.textbbox((0, 0), hint, font=font)
+    where = ((px - (right - left)) / 2 - left, px - 1.5 * (bottom - top) - top - px / 16)
+    pen.rectangle((0, px - 2.2 * (bottom - top) - px / 16, px, px), fill=_DARK)
+    pen.text(where, hint, fill=COLOURS["white"], font=font)
+    return np.asarray(image)
 
 
 def _blit(canvas: np.ndarray, alpha: np.ndarray, colour: tuple[int, int, int], x: float, y: float) -> None:
@@ -168,4 +182,4 @@ def _noise(px: int, level: int) -> np.ndarray:
 
 def still(card: Card, px: int) -> UInt8[ndarray, "height width 3"]:
     """The card alone, as a picture."""
-    return _card(card.content, _shaded(card), card.size, px).copy()
+    return _card(card.content, _shaded(card), card.size, px, card.hint).copy()

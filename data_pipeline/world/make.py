@@ -35,8 +35,7 @@ from data_pipeline.world.questions import Question, ask, choose, conversation
 from data_pipeline.world.recipes import SPLITS, Look, held_out, make_scene
 from data_pipeline.world.scene import COLOURS, SHAPES, Scene
 
-VOCABULARY = 512  # of the tokenizer, at most; as many rows as the embedding of `nano` has
-VERSION = 1  # raise when the same settings would give another world
+VERSION = 2  # raise when the same settings would give another world
 Progress = Callable[[int, int], None]
 
 
@@ -93,7 +92,7 @@ def make_world(
         _write(root / name, "".join(_json(i, None) for i in items) if name.endswith("l") else _json(items))
     for name, datasets in _stages(files).items():
         _write(root / name, datasets)
-    train_bpe(texts.corpus(preset), VOCABULARY).save(root)
+    train_bpe(texts.corpus(preset), preset.vocabulary).save(root)
     _write(root / "scenes.jsonl", "".join(_json({"path": m.path, **m.scene.describe()}, None) for m in media))
     world = {
         **settings,
@@ -151,7 +150,14 @@ def annotate(preset: Preset, seed: int, media: Sequence[Media]) -> dict[str, lis
             files["stage2_images.json"].append(_item(m, choose(m.scene, preset.weights, rng, turns=preset.turns), 1))
             continue
         drawn = [
-            choose(m.scene, preset.weights, rng, turns=preset.turns, choice_share=preset.choice_share)
+            choose(
+                m.scene,
+                preset.weights,
+                rng,
+                turns=preset.turns,
+                choice_share=preset.choice_share,
+                paper_share=preset.paper_share,
+            )
             for _ in range(preset.conversations)
         ]
         drawn = [questions for questions in drawn if questions]

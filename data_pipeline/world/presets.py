@@ -18,6 +18,7 @@ class Preset:
     long_recipes: dict[str, float]
     weights: dict[str, float]  # how often each kind of question is asked where it makes sense; see questions.choose
     texts: int = 60  # text-only conversations
+    vocabulary: int = 512  # of the tokenizer, at most; as many rows as the model's embedding has
     px: int = 96
     short_s: tuple[float, float] = (4.0, 12.5)  # 4 to 12 frames at 1 fps; one length alone does not generalize
     long_s: tuple[float, float] = (24.0, 64.0)
@@ -27,6 +28,7 @@ class Preset:
     turns: int = 3  # questions in one conversation
     conversations: int = 2  # conversations about one video
     choice_share: float = 0.0  # share of questions asked as multiple choice
+    paper_share: float = 0.0  # share of questions about needles and chains asked in the words of the paper's files
 
 
 # The main skill (what is on the card?) keeps most of the weight; the rest must not crowd it out of a small model.
@@ -48,7 +50,37 @@ NANO = Preset(
     conversations=3,
 )  # fmt: skip
 
+# What hico-nano learns from: everything, larger frames, long films, and chains of hints (the paper's multi-hop test).
+HICO_NANO = Preset(
+    train=(10000, 500, 3000),
+    val=(200, 24, 0),
+    test=(400, 48, 0),
+    px=112,
+    texts=400,
+    vocabulary=1024,
+    long_s=(32.0, 512.0),
+    recipes={
+        "card": 0.3, "two_cards": 0.15, "three_cards": 0.1, "chain": 0.2,
+        "mover": 0.1, "count": 0.06, "blink": 0.04, "scenes": 0.05,
+    },
+    long_recipes={
+        "card": 0.3, "two_cards": 0.12, "three_cards": 0.08, "chain": 0.35, "mover": 0.07, "count": 0.04, "blink": 0.04,
+    },
+    weights={
+        **_NEEDLE, "first": 1.5, "second": 1.5, "order": 1.0, "shape": 1.5, "hint": 2.0, "chain": 5.0,
+        "when": 1.0, "part": 1.0, "present": 0.2, "count": 1.0, "mover": 1.0, "direction": 2.0, "blinks": 1.0,
+        "caption": 0.3,
+    },
+    contents=(*DIGITS, *LETTERS, *WORDS),
+    written=0.25,
+    turns=4,
+    conversations=4,
+    choice_share=0.1,
+    paper_share=0.3,
+)  # fmt: skip
+
 PRESETS: dict[str, Preset] = {
+    "hico_nano": HICO_NANO,
     # For tests: everything once, in about a second.
     "tiny": dataclasses.replace(
         NANO, train=(12, 2, 8), val=(3, 1, 0), test=(3, 1, 0), px=32, texts=6, long_s=(16.0, 20.0), written=0.1,

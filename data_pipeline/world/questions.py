@@ -16,6 +16,7 @@ import numpy as np
 from data_pipeline.world.scene import COLOURS, DIGITS, DIRECTIONS, LETTERS, SHAPES, WORDS, Card, Scene
 
 ONLY_BEST = "Only give the best option."
+TAIL = "\nOnly give the best option. Best option: ("  # how every question of the paper's needle files ends
 MAX_SECONDS = 16  # "at which second" is asked of films up to this long
 
 
@@ -42,9 +43,40 @@ def _only_card(scene: Scene) -> Card | None:
     return scene.cards[0] if len(scene.cards) == 1 else None
 
 
+def follow(cards: Sequence[Card]) -> tuple[Card, ...]:
+    """The cards of a chain of hints from its first to its last; none if there is no hint on them."""
+    by_colour = {card.colour: card for card in cards}
+    named = {card.hint for card in cards if card.hint}
+    found = [card for card in cards if card.hint and card.colour not in named]
+    while found and found[-1].hint:
+        found.append(by_colour[found[-1].hint])
+    return tuple(found)
+
+
+def _from(colour: str, read: Callable[[tuple[Card, ...]], str | None]) -> Callable[[Scene], str | None]:
+    """Read the chain that starts at a card of this colour."""
+
+    def answer(scene: Scene) -> str | None:
+        found = follow(scene.cards)
+        return read(found) if found and found[0].colour == colour else None
+
+    return answer
+
+
+def _hint(colour: str) -> Callable[[Scene], str | None]:
+    return lambda scene: next((c.hint for c in scene.cards if c.colour == colour and c.hint), None)
+
+
 def _of_card(which: int, count: int, read: Callable[[Card], str | None]) -> Callable[[Scene], str | None]:
     """Read one of exactly `count` cards."""
     return lambda scene: read(scene.cards[which]) if len(scene.cards) == count else None
+
+
+def _of_colour(colour: str) -> Callable[[Scene], str | None]:
+    """The shape on the card of a colour, where there are several cards."""
+    return lambda scene: next(
+        (_shape(c) for c in scene.cards if c.colour == colour and len(scene.cards) > 1), None
+    )  # fmt: skip
 
 
 def _colour(card: Card) -> str:
@@ -91,7 +123,9 @@ def _one_mover(read: Callable[[Scene], str | None]) -> Callable[[Scene], str | N
 
 def _caption(scene: Scene) -> str:
     if scene.cards:
-        return ", then ".join(f"a card with a {c.colour} {c.content}" for c in scene.cards)
+        return ", then ".join(
+            f"a card with a {c.colour} {c.content}" + (f" that says {c.hint}" if c.hint else "") for c in scene.cards
+        )
     m = next(iter(scene.movers), None)
     if m is None:
         return "an empty scene" if len(scene.grounds) == 1 else f"{len(scene.grounds)} empty scenes"
@@ -121,6 +155,24 @@ KINDS: dict[str, Kind] = {
             lambda scene, colour=colour: _order(scene, colour) if colour in (c.colour for c in scene.cards) else None,
         )
         for colour in COLOURS
+    },
+    # one card of several, and what is written on it
+    **{f"shape_of_{c}": Kind(f"What shape is on the {c} card?", SHAPES, _of_colour(c)) for c in COLOURS},
+    **{f"hint_{c}": Kind(f"Which colour is written on the {c} card?", _COLOURS, _hint(c)) for c in COLOURS},
+    # a chain of hints
+    **{
+        f"chain_colour_{c}": Kind(
+            f"Start at the {c} card and follow the colours written on the cards. What colour is the last card?",
+            _COLOURS, _from(c, lambda found: _colour(found[-1])),
+        )
+        for c in COLOURS
+    },
+    **{
+        f"chain_shape_{c}": Kind(
+            f"Start at the {c} card and follow the colours written on the cards. What shape is on the last card?",
+            SHAPES, _from(c, lambda found: _shape(found[-1])),
+        )
+        for c in COLOURS
     },
     # time
     "when": Kind("At which second does the card appear?", tuple(map(str, range(MAX_SECONDS))), _when),
@@ -188,12 +240,50 @@ def multiple_choice(question: Question, rng: np.random.Generator, num_options: i
     return Question(question.kind, text, "ABCDEFGH"[options.index(question.answer)], tuple(options))
 
 
+def paper_choice(
+    question: str, answer: str, allowed: Sequence[str], rng: np.random.Generator
+) -> tuple[str, str]:  # fmt: skip
+    """The question with up to four options as the paper's needle files write them, and the letter of the right one."""
+    others = sorted({a for a in allowed if a != answer})
+    options = [*rng.choice(others, min(3, len(others)), replace=False).tolist(), answer]
+    rng.shuffle(options)
+    lines = "\n".join(f"({'ABCD'[i]}) {option}" for i, option in enumerate(options))
+    return f"{question}\nOptions: {lines}{TAIL}", "ABCD"[options.index(answer)]
+
+
+def paper_needle(question: str, answer: str, allowed: Sequence[str], rng: np.random.Generator) -> tuple[str, str]:
+    """A question about one card as the paper asks it, and the letter of the right option."""
+    return paper_choice(f"Find the frame of a card. {question}", answer, allowed, rng)
+
+
+def paper_chain(cards: Sequence[Card], rng: np.random.Generator) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Both questions of the paper about a chain, in its order: which caption fits its last card, what is on it."""
+    start = f"Find the frame of a {cards[0].colour} card. Locate the final frame based on the instructions in the image"
+    captions = [f"a {card.colour} {card.content}" for card in cards]
+    return (
+        paper_choice(
+            f"{start}, and choose the captions that best describe the frame: ", captions[-1], captions, rng
+        ),
+        paper_choice(
+            f"{start}, and answer the following question based on the final frame: what shape is on the card",
+            cards[-1].content, SHAPES, rng,
+        ),
+    )  # fmt: skip
+
+
 def choose(
-    scene: Scene, weights: Mapping[str, float], rng: np.random.Generator, *, turns: int, choice_share: float = 0.0
+    scene: Scene,
+    weights: Mapping[str, float],
+    rng: np.random.Generator,
+    *,
+    turns: int,
+    choice_share: float = 0.0,
+    paper_share: float = 0.0,
 ) -> list[Question]:
     """Up to `turns` different questions about a scene, drawn by weight; some of them as multiple choice.
 
-    A weight of "order" or "order_red" alike counts for the kinds that begin so.
+    A weight of "order" or "order_red" alike counts for the kinds that begin so. `paper_share` of the questions that the
+    paper's needle tests would ask are asked in its words.
     """
     asked = [(weights.get(q.kind, weights.get(q.kind.split("_")[0], 0.0)), q) for q in ask_all(scene)]
     asked = [(w, q) for w, q in asked if w > 0]
@@ -204,10 +294,21 @@ def choose(
     out = []
     for i in picked:
         question = asked[i][1]
+        if paper_share and question.kind.startswith(("card_", "chain_")) and rng.uniform() < paper_share:
+            out.append(_in_the_papers_words(question, scene, rng))
+            continue
         if choice_share and len(KINDS[question.kind].answers) > 2 and rng.uniform() < choice_share:
             question = multiple_choice(question, rng)
         out.append(question)
     return out
+
+
+def _in_the_papers_words(question: Question, scene: Scene, rng: np.random.Generator) -> Question:
+    if question.kind.startswith("card_"):
+        text, letter = paper_needle(question.text, question.answer, KINDS[question.kind].answers, rng)
+    else:
+        text, letter = paper_chain(follow(scene.cards), rng)["shape" in question.kind]
+    return Question(question.kind, text, letter, ("A", "B", "C", "D"))
 
 
 def conversation(questions: Sequence[Question], media: str = "<image>\n") -> list[dict[str, str]]:

@@ -142,6 +142,19 @@ def cards(dice: Dice, count: int) -> Scene:
     return dice.scene(duration, grounds=grounds, cards=made)
 
 
+def chain(dice: Dice) -> Scene:
+    """Cards that name each other: each has the colour of the next one written on it, the last has nothing.
+
+    Two to seven of them in any order; a film too short for many has few.
+    """
+    longest = min(7, len(COLOURS), int(dice.look.seconds[1] / 4))
+    scene = cards(dice, int(dice.rng.integers(2, max(2, longest) + 1)))
+    order = dice.rng.permutation(len(scene.cards))
+    hints = dict(zip(order[:-1], (scene.cards[i].colour for i in order[1:]), strict=True))
+    written = tuple(dataclasses.replace(card, hint=hints.get(i, "")) for i, card in enumerate(scene.cards))
+    return dataclasses.replace(scene, cards=written)
+
+
 def mover(dice: Dice) -> Scene:
     """One bright shape crosses the frame: it appears, moves, leaves."""
     duration = dice.duration()
@@ -191,6 +204,7 @@ RECIPES: dict[str, Callable[[Dice], Scene]] = {
     "card": lambda dice: cards(dice, 1),
     "two_cards": lambda dice: cards(dice, 2),
     "three_cards": lambda dice: cards(dice, 3),
+    "chain": chain,
     "mover": mover,
     "count": count,
     "blink": blink,

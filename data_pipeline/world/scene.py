@@ -77,6 +77,7 @@ class Card:
     end_s: float
     size: float = 0.72
     shade: float = 1.0  # brightness of the colour
+    hint: str = ""  # written along its lower edge: the colour of the card to look at next
 
     @property
     def is_shape(self) -> bool:

@@ -47,11 +47,15 @@ def corpus(preset: str | Preset = "nano", *, scenes: int = 600) -> list[str]:
         frames = int(rng.integers(1, 500)) * 4
         seconds = scene.duration_s if i % 2 else float(rng.uniform(1, 10_000))
         lines.append(f"The video lasts for {seconds:.2f} seconds, and {frames} frames are uniformly sampled from it.")
-        for question in choose(scene, preset.weights, rng, turns=4, choice_share=preset.choice_share):
+        for question in choose(
+            scene, preset.weights, rng, turns=4, choice_share=preset.choice_share, paper_share=preset.paper_share
+        ):
             lines += [question.text, question.answer]
     for question, answer in _FACTS:
         lines += [question, answer]
-    for kind in KINDS.values():
+    for name, kind in KINDS.items():
+        if name.rpartition("_")[2] in COLOURS and not preset.weights.get(name.partition("_")[0]):
+            continue  # eight sentences that this world never asks
         # A word alone, and the same word inside a sentence, where a space comes before it.
         lines.append(kind.wording)
         lines += [text for answer in kind.answers for text in (answer, f"It is {answer}.")]

@@ -110,7 +110,7 @@ QUICK = Plan(
     name="quick",
     promise="no weights, no accelerator, about three minutes on two cores; the full demo scores higher",
     preset="quick",
-    stages=_stages(pictures=110, rows=12, short=110, long=0, high=6, kill_at=52),
+    stages=_stages(pictures=100, rows=12, short=100, long=0, high=6, kill_at=50),
     asked="stage3",
     film_s=256,
     lengths=(64, 128, 256),

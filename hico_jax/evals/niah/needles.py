@@ -12,16 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from data_pipeline.image import pad_square, read_image, resize
 from data_pipeline.world import draw
+from data_pipeline.world.questions import paper_chain, paper_needle
 from data_pipeline.world.scene import COLOURS, SHAPES, Card
 from hico_jax.evals.bench import annotations
-from hico_jax.evals.bench.matchers import LETTERS
 from hico_jax.shapes import UInt8, ndarray
-
-TAIL = "\nOnly give the best option. Best option: ("  # how every question of the paper's files ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +88,10 @@ def world(number: int, px: int, seed: int, *, letters: bool = False) -> list[Nee
             asked = ("shape", "What shape is on the card?", shape, SHAPES)
         name, question, answer, allowed = asked
         if letters:
-            question, answer = _lettered(f"Find the frame of a card. {question}", answer, allowed, rng)
-        found.append(Needle(f"world{i}", (_card(colour, shape, px),), (Asked(name, question, answer),)))
+            question, answer = paper_needle(question, answer, allowed, rng)
+        found.append(
+            Needle(f"world{i}", (draw.still(Card(shape, colour, 0.0, 4.0), px),), (Asked(name, question, answer),))
+        )
     return found
 
 
@@ -112,17 +112,12 @@ def world_chains(number: int, hops: int, px: int, seed: int) -> list[Needle]:
         for _ in range(hops):
             chain.append(_pair(rng, avoid=[colour for colour, _ in chain]))
         hints = [colour for colour, _ in chain[1:]] + [""]
-        pictures = [_card(*pair, px, hint=hint) for pair, hint in zip(chain, hints, strict=True)]
+        cards = [
+            Card(shape, colour, 0.0, 4.0, hint=hint) for (colour, shape), hint in zip(chain, hints, strict=True)
+        ]  # fmt: skip
+        pictures = [draw.still(card, px) for card in cards]
         order = rng.permutation(hops)
-        start = f"Find the frame of a {chain[0][0]} card. Locate the final frame based on the instructions in the image"
-        captions = tuple(f"a {colour} {shape}" for colour, shape in chain)
-        caption = _lettered(
-            f"{start}, and choose the captions that best describe the frame: ", captions[-1], captions, rng
-        )
-        last = _lettered(
-            f"{start}, and answer the following question based on the final frame: what shape is on the card",
-            chain[-1][1], SHAPES, rng,
-        )  # fmt: skip
+        caption, last = paper_chain(cards, rng)
         found.append(
             Needle(
                 f"chain{i}", tuple(pictures[j] for j in order), (Asked("caption", *caption), Asked("question", *last))
@@ -137,31 +132,6 @@ def _pair(rng: np.random.Generator, avoid: Sequence[str]) -> tuple[str, str]:
 
     allowed = [(c, s) for c in COLOURS for s in SHAPES if c not in avoid and not held_out(c, s)]
     return allowed[int(rng.integers(len(allowed)))]
-
-
-def _card(colour: str, shape: str, px: int, hint: str = "") -> UInt8[ndarray, "px px 3"]:
-    """A card as the world's films show it; a hint is written along its lower edge."""
-    card = draw.still(Card(shape, colour, 0.0, 4.0), px)
-    if not hint:
-        return card
-    image = Image.fromarray(card)
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(size=max(8, px // 6))
-    left, top, right, bottom = pen.textbbox((0, 0), hint, font=font)
-    where = ((px - (right - left)) / 2 - left, px - 1.5 * (bottom - top) - top - px / 16)
-    pen.rectangle((0, px - 2.2 * (bottom - top) - px / 16, px, px), fill=(22, 22, 26))
-    pen.text(where, hint, fill=COLOURS["white"], font=font)
-    return np.asarray(image)
-
-
-def _lettered(
-    question: str, answer: str, allowed: Sequence[str], rng: np.random.Generator
-) -> tuple[str, str]:  # fmt: skip
-    """The question with up to four options as the paper writes them, and the letter of the right one."""
-    others = sorted({a for a in allowed if a != answer})
-    options: list[Any] = [*rng.choice(others, min(3, len(others)), replace=False).tolist(), answer]
-    rng.shuffle(options)
-    lines = "\n".join(f"({LETTERS[i]}) {option}" for i, option in enumerate(options))
-    return f"{question}\nOptions: {lines}{TAIL}", LETTERS[options.index(answer)]
 
 
 def dump(needles: Sequence[Needle], folder: pathlib.Path) -> pathlib.Path:

@@ -167,6 +167,17 @@ VARIANTS = {
         tied=True,
         init_std=0.1,
     ),
+    "hico-nano": Qwen2Config(
+        vocab_size=1024,
+        embed_dim=256,
+        mlp_dim=1024,
+        num_layers=8,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        tied=True,
+        init_std=0.06,
+    ),
     "tiny": Qwen2Config(
         vocab_size=64, embed_dim=32, mlp_dim=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, tied=True
     ),

@@ -61,11 +61,14 @@ class UMTConfig:
 
 
 _NANO = UMTConfig(image_px=64, embed_dim=96, num_blocks=2, num_heads=4, pretrain_grid=4)
+_HICO_NANO = UMTConfig(image_px=80, patch_px=8, embed_dim=192, num_blocks=6, num_heads=3, pretrain_grid=10)
 VARIANTS = {
     "umt-large": UMTConfig(),
     "umt-hd-large": UMTConfig(image_px=448),
     "nano": _NANO,
     "nano-hd": dataclasses.replace(_NANO, image_px=80),
+    "hico-nano": _HICO_NANO,
+    "hico-nano-hd": dataclasses.replace(_HICO_NANO, image_px=112),  # 196 patches a frame, as 224 pixels give UMT-L
     "tiny": UMTConfig(image_px=32, embed_dim=32, num_blocks=2, num_heads=2, pretrain_grid=2),
 }
 

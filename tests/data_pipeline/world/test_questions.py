@@ -5,7 +5,18 @@ import re
 import numpy as np
 import pytest
 
-from data_pipeline.world.questions import KINDS, Question, ask, ask_all, choose, conversation, multiple_choice
+from data_pipeline.world.questions import (
+    KINDS,
+    TAIL,
+    Question,
+    ask,
+    ask_all,
+    choose,
+    conversation,
+    follow,
+    multiple_choice,
+    paper_chain,
+)
 from data_pipeline.world.recipes import RECIPES, Look, make_scene
 from data_pipeline.world.scene import DIGITS, LETTERS, WORDS, Card, Ground, Mover, Scene
 
@@ -39,15 +50,45 @@ def test_one_card_with_something_written():
 def test_two_cards_depend_on_order():
     assert _answers(_scene(cards=(RED_RING, BLUE_SEVEN))) == {
         "first_colour": "red", "second_colour": "blue", "first_shape": "ring",
-        "order_red": "first", "order_blue": "second", "count_cards": "2", "present": "yes",
+        "order_red": "first", "order_blue": "second", "shape_of_red": "ring", "count_cards": "2", "present": "yes",
         "caption": "a card with a red ring, then a card with a blue 7",
     }  # fmt: skip
     swapped = (Card("7", "blue", 1.0, 4.0), Card("ring", "red", 6.0, 8.0))
     assert _answers(_scene(cards=swapped)) == {
         "first_colour": "blue", "second_colour": "red", "second_shape": "ring",
-        "order_red": "second", "order_blue": "first", "count_cards": "2", "present": "yes",
+        "order_red": "second", "order_blue": "first", "shape_of_red": "ring", "count_cards": "2", "present": "yes",
         "caption": "a card with a blue 7, then a card with a red ring",
     }  # fmt: skip
+
+
+CHAIN = (
+    Card("star", "blue", 0.0, 2.0),  # the end: nothing is written on it
+    Card("ring", "red", 2.0, 4.0, hint="green"),  # the start: nothing names it
+    Card("cross", "green", 4.0, 6.0, hint="blue"),
+)
+
+
+def test_a_chain_is_followed_from_the_card_that_nothing_names():
+    assert [card.colour for card in follow(CHAIN)] == ["red", "green", "blue"]
+    assert follow((RED_RING, BLUE_SEVEN)) == ()
+    asked = _answers(_scene(cards=CHAIN))
+    assert {k: v for k, v in asked.items() if k.startswith(("chain", "hint"))} == {
+        "hint_red": "green", "hint_green": "blue", "chain_colour_red": "blue", "chain_shape_red": "star",
+    }  # fmt: skip
+    assert asked["caption"].startswith("a card with a blue star, then a card with a red ring that says green, then")
+
+
+def test_the_words_of_the_paper():
+    rng = np.random.default_rng(0)
+    caption, last = paper_chain(follow(CHAIN), rng)
+    for (question, letter), right in ((caption, "a blue star"), (last, "star")):
+        assert question.startswith("Find the frame of a red card. Locate the final frame based on the instructions")
+        assert question.endswith(TAIL)
+        assert f"({letter}) {right}\n" in question
+    asked = choose(_scene(cards=CHAIN), {"chain": 1.0}, rng, turns=2, paper_share=1.0)
+    assert {q.kind for q in asked} == {"chain_colour_red", "chain_shape_red"}
+    assert all(q.answer in q.options == ("A", "B", "C", "D") and q.text.endswith(TAIL) for q in asked)
+    assert "a blue star" in next(q.text for q in asked if q.kind == "chain_colour_red")
 
 
 def test_a_mover():

@@ -4,6 +4,7 @@ import collections
 
 import pytest
 
+from data_pipeline.world.questions import follow
 from data_pipeline.world.recipes import RECIPES, SPLITS, Look, held_out, make_scene, scene_seed
 from data_pipeline.world.scene import COLOURS, DIGITS, SHAPES, Scene
 
@@ -85,3 +86,15 @@ def test_unknown_names_are_refused():
         make_scene("dance", seed=0, split="train", index=0)
     with pytest.raises(ValueError, match="split is 'dev'"):
         make_scene("card", seed=0, split="dev", index=0)
+
+
+def test_chains_visit_every_card_once():
+    lengths, orders = set(), set()
+    for index in range(40):
+        scene = make_scene("chain", seed=0, split="train", index=index, look=Look(seconds=(28.0, 32.0)))
+        found = follow(scene.cards)
+        assert sorted(card.colour for card in found) == sorted(card.colour for card in scene.cards)
+        lengths.add(len(found))
+        orders.add(found == scene.cards)
+    assert lengths == {2, 3, 4, 5, 6, 7}
+    assert orders == {True, False}

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.world.scene import COLOURS, SHAPES
+from data_pipeline.world import draw, questions
+from data_pipeline.world.scene import COLOURS, SHAPES, Card
 from hico_jax.evals.niah import needles
 
 
@@ -51,7 +52,7 @@ def test_the_worlds_needles_repeat_and_differ() -> None:
     assert {n.asked[0].name for n in found} == {"colour", "shape"}
     assert all(n.asked[0].answer in (*COLOURS, *SHAPES) for n in found)
     (lettered, *_) = needles.world(1, 32, 5, letters=True)
-    assert lettered.asked[0].question.endswith(needles.TAIL)
+    assert lettered.asked[0].question.endswith(questions.TAIL)
     letter = "ABCD".index(lettered.asked[0].answer)
     options = re.findall(r"\([A-D]\) (\w+)", lettered.asked[0].question)
     assert options[letter] == found[0].asked[0].answer
@@ -68,7 +69,7 @@ def test_a_chain_leads_from_card_to_card() -> None:
     colour, shape = options["ABCD".index(caption.answer)]
     assert colour != start.group(1)
     assert re.findall(r"\([A-D]\) (\w+)", question.question)["ABCD".index(question.answer)] == shape
-    plain = [needles._card(c, s, 64) for c in COLOURS for s in SHAPES]
+    plain = [draw.still(Card(s, c, 0.0, 4.0), 64) for c in COLOURS for s in SHAPES]
     same = [any(np.array_equal(p, q) for q in plain) for p in chain.pictures]
     assert sum(same) == 1  # only the last card has no hint
     with pytest.raises(ValueError, match="2 to 8 cards, not 9"):
