@@ -30,16 +30,17 @@ def train_step(
     """One update and the step's numbers. Frozen weights take no part in differentiation."""
     optim_config = settings.optim
 
-    def loss_of(trainable: Any, part: Batch) -> tuple[jax.Array, losses.Loss]:
+    def loss_of(trainable: Any, part: tuple[Batch, jax.Array | None]) -> tuple[jax.Array, losses.Loss]:
         model = nnx.merge(graphdef, *lora.join(trainable, state.frozen, settings.lora))
-        stream = model(part)
+        stream = model(*part)
         weights = losses.balance(stream.weights, stream.segments, optim_config.loss_average)
         loss = losses.next_token(
             stream.x, model.llm.unembed_weight(), stream.targets, weights, chunk=settings.train.loss_chunk
         )
         return loss.total, loss
 
-    grads, loss = _accumulate(jax.grad(loss_of, has_aux=True), state.trainable, batch, optim_config.accumulate)
+    parts = batch, row_keys(settings, state.step, batch.shape[0])
+    grads, loss = _accumulate(jax.grad(loss_of, has_aux=True), state.trainable, parts, optim_config.accumulate)
     weight = jnp.maximum(loss.weight, jnp.finfo(jnp.float32).tiny)
     grads = jax.tree.map(lambda g: g / weight, grads)
     norm = jnp.asarray(optax.tree.norm(grads))
@@ -58,7 +59,15 @@ def train_step(
     return new, {name: jnp.asarray(number) for name, number in numbers.items()}
 
 
-def _accumulate(grad_of: Any, trainable: Any, batch: Batch, parts: int) -> tuple[Any, losses.Loss]:
+def row_keys(settings: Experiment, step: jax.Array, rows: int) -> jax.Array | None:
+    """A random key for each row of the global batch, from seed and step alone; None where nothing is random."""
+    if not getattr(settings.model.vision, "drop_path", 0):
+        return None
+    key = jax.random.fold_in(jax.random.key(settings.train.seed), step)
+    return jax.vmap(lambda row: jax.random.key_data(jax.random.fold_in(key, row)))(jnp.arange(rows))
+
+
+def _accumulate(grad_of: Any, trainable: Any, batch: Any, parts: int) -> tuple[Any, losses.Loss]:
     """Sums over micro-batches, one after the other: the activations of one exist at a time.
 
     Micro-batch i is every `parts`-th row from row i, so that no row moves to another device.
@@ -67,7 +76,7 @@ def _accumulate(grad_of: Any, trainable: Any, batch: Batch, parts: int) -> tuple
         return grad_of(trainable, batch)
     micro = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 1, 0), batch)
 
-    def add(sums: Any, part: Batch) -> tuple[Any, None]:
+    def add(sums: Any, part: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, grad_of(trainable, part)), None
 
     shapes = jax.eval_shape(grad_of, trainable, jax.tree.map(lambda a: a[0], micro))
