@@ -98,8 +98,8 @@ def main() -> None:
                     one |= _run(args.model, film, frames, way, args.timeout)
                 lines.append(one)
                 print(f"| {' | '.join(bench.table([one])[0])} |", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(lines, indent=1) + "\n")
+                if args.json:  # after every line: the next may take the machine down
+                    args.json.write_text(json.dumps(lines, indent=1) + "\n")
 
 
 def _run(model: str, film: str, frames: int, way: str, timeout: float) -> dict[str, Any]:
