@@ -101,7 +101,7 @@ def measured(
         return row | {"failed": str(error)}
     viewer = film.Viewer(made, tokenizer, sampling=sampling)
     with progress.bar(method.name) as tick:
-        runner.run(benchmark, items, runner.ModelAnswerer(viewer), folder, tick=tick)
+        runner.run(benchmark, items, runner.ModelAnswerer(viewer, blind=method.blind), folder, tick=tick)
     lines = runner.finished(folder, items) or []
     summary = scores.summarize(benchmark, lines)
     timed = [line for line in lines if "answer_s" in line]
@@ -114,7 +114,7 @@ def measured(
         "encode_s_per_frame": _median([x["encode_s"] / x["frames"] for x in timed]),
         "answer_s": _median([x["answer_s"] for x in timed]),
         "long_answer_s": _median([x["answer_s"] for x in timed if x["prompt_tokens"] > 0.9 * longest]),
-        "prefill_mib": prefill_mib(viewer, lines),
+        "prefill_mib": None if method.blind else prefill_mib(viewer, lines),
     }  # fmt: skip
 
 
