@@ -39,7 +39,7 @@ def train_step(
         )
         return loss.total, loss
 
-    parts = batch, row_keys(settings, state.step, batch.shape[0])
+    parts = batch, row_keys(settings, state.step, batch)
     grads, loss = _accumulate(jax.grad(loss_of, has_aux=True), state.trainable, parts, optim_config.accumulate)
     weight = jnp.maximum(loss.weight, jnp.finfo(jnp.float32).tiny)
     grads = jax.tree.map(lambda g: g / weight, grads)
@@ -59,12 +59,18 @@ def train_step(
     return new, {name: jnp.asarray(number) for name, number in numbers.items()}
 
 
-def row_keys(settings: Experiment, step: jax.Array, rows: int) -> jax.Array | None:
-    """A random key for each row of the global batch, from seed and step alone; None where nothing is random."""
+def row_keys(settings: Experiment, step: jax.Array, batch: Batch) -> jax.Array | None:
+    """A random key for each row, from seed, step and what the row says; None where nothing is random.
+
+    Where a row stands in the batch, how it is padded and dealt, and which host reads it change nothing.
+    """
     if not getattr(settings.model.vision, "drop_path", 0):
         return None
+    mark = batch.tokens.astype(jnp.uint32) * np.uint32(2654435761) + batch.positions.astype(jnp.uint32)
+    mark = (mark ^ (mark >> 15)) * np.uint32(2246822519)
+    rows = jnp.where(batch.segments > 0, mark ^ (mark >> 13), np.uint32(0)).sum(1, dtype=jnp.uint32)
     key = jax.random.fold_in(jax.random.key(settings.train.seed), step)
-    return jax.vmap(lambda row: jax.random.key_data(jax.random.fold_in(key, row)))(jnp.arange(rows))
+    return jax.vmap(lambda row: jax.random.key_data(jax.random.fold_in(key, row)))(rows)
 
 
 def _accumulate(grad_of: Any, trainable: Any, batch: Any, parts: int) -> tuple[Any, losses.Loss]:
@@ -93,14 +99,20 @@ class Stepper:
             step, donate_argnums=0, out_shardings=(jax.tree.map(lambda a: a.sharding, start.state), None)
         )
         self._compiled: dict[Any, Any] = {}
-        self._mesh, self._say = mesh, say
+        self._mesh, self._say, self._rows = mesh, say, experiment.data.batch_size
         self.compile_s = 0.0  # of the last call; 0 when nothing was compiled
 
     def put(self, batch: Batch) -> Batch:
         """This process's rows as part of the global batch, on the devices."""
         batch = zigzag.deal(batch, self._mesh.shape[sharding.SEQUENCE])
-        places = sharding.batch_shardings(batch, self._mesh)
-        return jax.tree.map(lambda a, p: jax.make_array_from_process_local_data(p, np.asarray(a)), batch, places)
+        rows = batch.shape[0] if jax.process_count() == 1 else self._rows
+        whole = jax.tree.map(lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype), batch)
+        places = sharding.batch_shardings(whole, self._mesh)
+
+        def place(a: Any, at: Any, of: Any) -> jax.Array:
+            return jax.make_array_from_process_local_data(at, np.asarray(a), of.shape)
+
+        return jax.tree.map(place, batch, places, whole)
 
     def compiled(self, state: TrainState, batch: Batch) -> Any:
         """The program for a batch of this shape; arrays may be abstract."""

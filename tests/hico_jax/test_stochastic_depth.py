@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import pathlib
 import signal
@@ -21,6 +22,7 @@ from hico_jax.batch import Batch
 from hico_jax.config import CheckpointConfig, Experiment, TrainConfig
 from hico_jax.models import hico
 from hico_jax.models.vision import internvit
+from hico_jax.parallel import zigzag
 from hico_jax.parallel.mesh import MeshConfig, make_mesh
 
 TOWER = dataclasses.replace(internvit.VARIANTS["tiny"], drop_path=0.5)
@@ -94,15 +96,21 @@ def test_a_clips_key_is_its_rows_and_its_number() -> None:
     assert hico.clip_keys(None, 0, 2) is None
 
 
-def test_only_towers_with_a_rate_draw() -> None:
-    def keys(vision: Any) -> Any:
-        model = dataclasses.replace(MODEL, vision=vision)
-        settings = Experiment("test", "tiny", model, DataConfig(batch_size=4))
-        return step.row_keys(settings, jnp.int32(3), 4)
+def test_only_towers_with_a_rate_draw_and_a_rows_place_does_not_matter() -> None:
+    batch = Batch.fake(MODEL.geometry(), rows=4, clips=1, seed=1, vocab=MODEL.llm.vocab_size)
+    other = zigzag.deal(jax.tree.map(lambda a: a[::-1], batch), 4, multiple=8)  # other places, padded, and dealt
 
-    assert keys(TOWER).shape[0] == 4
-    assert keys(dataclasses.replace(TOWER, drop_path=0.0)) is None
-    assert keys(registry.model_config("tiny").vision) is None
+    @functools.partial(jax.jit, static_argnames="vision")
+    def keys(batch: Batch, number: int, vision: Any = TOWER) -> Any:
+        settings = Experiment("test", "tiny", dataclasses.replace(MODEL, vision=vision), DataConfig(batch_size=4))
+        return step.row_keys(settings, jnp.int32(number), batch)
+
+    found = np.asarray(keys(batch, 3))
+    assert len({tuple(k) for k in found.tolist()}) == 4
+    np.testing.assert_array_equal(keys(other, 3), found[::-1])
+    assert (found != keys(batch, 4)).any(1).all()
+    assert keys(batch, 3, dataclasses.replace(TOWER, drop_path=0.0)) is None
+    assert keys(batch, 3, registry.model_config("tiny").vision) is None
 
 
 def filled(config: hico.HiCoConfig) -> Any:
