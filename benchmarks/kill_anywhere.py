@@ -3,11 +3,13 @@
     python benchmarks/kill_anywhere.py --instants 200
     python benchmarks/kill_anywhere.py --instants 20 --processes 2
     python benchmarks/kill_anywhere.py --instants 20 --signal TERM
+    python benchmarks/kill_anywhere.py --instants 20 --fork --steps 6 --every 2
 
 Half of the instants are random moments of a life; the other half are named points: every file operation that a
 process does below its checkpoint folder (create, open for writing, rename, delete), as Python's own audit hook
 reports them. A run goes on from kill to kill until it is done; then another begins, until the instants are used up.
-SIGTERM must end with code 75 and lose no step.
+SIGTERM must end with code 75 and lose no step. With --fork a life begins where Python has imported everything and JAX
+has not yet looked for devices: a third of a short life is imports otherwise.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -42,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
     parser.add_argument("--model", default="tiny", help="tiny or nano")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fork", action="store_true", help="fork lives from a process that has imported all")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--child", metavar="DIR", help=argparse.SUPPRESS)
     parser.add_argument("--point", default="", help=argparse.SUPPRESS)
@@ -50,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.child:
         return child(args)
+    if args.fork and args.processes > 1:
+        parser.error("--fork is for one process")
     with tempfile.TemporaryDirectory() as folder:
         found = drive(args, pathlib.Path(folder))
     print(json.dumps(found, indent=2))
@@ -117,13 +123,17 @@ def life(
 ) -> int:
     """One process (or several) from start to its end; the first one's exit code."""
     workdir.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
+    wanted = {
         "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(data.parent / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "HICO_KILL_DATA": str(data),
     }  # fmt: skip
+    if args.fork:
+        os.environ |= wanted  # before the first import of JAX, which reads it
+        return forked(args, workdir, point, delay)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | wanted
     processes = []
     for rank in range(args.processes):
         command = [
@@ -144,6 +154,37 @@ def life(
             other.kill()
         other.wait(1200)
     return code
+
+
+def forked(args: argparse.Namespace, workdir: pathlib.Path, point: str, delay: float | None) -> int:
+    """`life` without its imports."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    from hico_jax import train  # noqa: F401  (JAX starts its threads with the first device, in the child)
+
+    pid = os.fork()
+    if pid == 0:
+        log = os.open(workdir / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        code = 70
+        try:
+            code = child(argparse.Namespace(**vars(args) | {"child": str(workdir), "point": point}))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    end = time.monotonic() + (3600 if delay is None else delay)
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            os.kill(pid, getattr(signal, f"SIG{args.signal}"))
+            end = float("inf")
+        time.sleep(0.002)
 
 
 def child(args: argparse.Namespace) -> int:

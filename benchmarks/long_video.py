@@ -4,6 +4,7 @@
 
 Random weights: time and memory do not depend on them. Each line runs in a process of its own, so that peak memory is
 its own. `hico bench --model WEIGHTS` makes the same table for weights on disk. No network; films go to a new folder.
+Beside JAX, Flax and NumPy it needs av, pillow and tokenizers; nothing else of requirements.txt.
 
 In: the command line. Out: a Markdown table, and JSON.
 """
@@ -34,7 +35,7 @@ def line(name: str, film: str, frames: int, way: str) -> dict[str, Any]:
 
     from data_pipeline.tokenizer import train_bpe
     from data_pipeline.world.texts import corpus
-    from hico_jax import ask, registry
+    from hico_jax import registry
     from hico_jax.batch import DropSchedule
     from hico_jax.evals import card
     from hico_jax.evals.compress import bench, latency, methods
@@ -51,9 +52,10 @@ def line(name: str, film: str, frames: int, way: str) -> dict[str, Any]:
     model = nnx.merge(graph, build())
     wanted = "none" if way == "off" else "merge"
     (method,) = (m for m in methods.methods(model) if m.name == wanted)
-    model = methods.apply(model, method)
     if "video" in way:
-        model = ask.with_drop(model, DropSchedule(*parse_drop(bench.default_drop(config.llm.num_layers))))
+        drop = DropSchedule(*parse_drop(bench.default_drop(config.llm.num_layers)))
+        method = dataclasses.replace(method, drop=drop)
+    model = methods.apply(model, method)
     found = latency.measure(model, train_bpe(corpus(), 512), film, frames)
     device = jax.devices()[0].device_kind
     return {"model": name, "frames": frames, "way": way, "device": device, **found, "peak_mib": card.peak_memory_mib()}
@@ -96,8 +98,8 @@ def main() -> None:
                     one |= _run(args.model, film, frames, way, args.timeout)
                 lines.append(one)
                 print(f"| {' | '.join(bench.table([one])[0])} |", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(lines, indent=1) + "\n")
+                if args.json:  # after every line: the next may take the machine down
+                    args.json.write_text(json.dumps(lines, indent=1) + "\n")
 
 
 def _run(model: str, film: str, frames: int, way: str, timeout: float) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def lay_out(
     """
     if sample.fault:
         raise ValueError(sample.fault)
-    if not any(role == "assistant" for role, _ in chat.read_turns(sample.conversation)):
+    if not any(role == "assistant" and text.strip() for role, text in chat.read_turns(sample.conversation)):
         raise ValueError("the conversation has no answer; give it a turn of the assistant (gpt)")
     try:
         return _lay_out(sample, config, geometry, tokenizer, rng, config.sampling())

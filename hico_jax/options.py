@@ -126,6 +126,9 @@ def niah_options(parser: argparse.ArgumentParser) -> None:
     tried.add_argument(
         "--prompt", choices=("paper", "chat"), help="without the time message, or as `hico ask` (paper for --needles)"
     )
+    tried.add_argument(
+        "--devices", metavar="N", type=positive, default=1, help="split every row over so many devices (%(default)s)"
+    )
 
 
 def compress_options(parser: argparse.ArgumentParser) -> None:

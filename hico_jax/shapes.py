@@ -11,7 +11,7 @@ Annotations read `Float[Array, "B L D"]`; they are checked in tests (jaxtyping +
 """
 
 from jax import Array
-from jaxtyping import Bool, Float, Int, Int8, UInt8
+from jaxtyping import Bool, Float, Int, Int8, UInt8, UInt32
 from numpy import ndarray
 
-__all__ = ["Array", "Bool", "Float", "Int", "Int8", "UInt8", "ndarray"]
+__all__ = ["Array", "Bool", "Float", "Int", "Int8", "UInt8", "UInt32", "ndarray"]

@@ -30,16 +30,17 @@ def train_step(
     """One update and the step's numbers. Frozen weights take no part in differentiation."""
     optim_config = settings.optim
 
-    def loss_of(trainable: Any, part: Batch) -> tuple[jax.Array, losses.Loss]:
+    def loss_of(trainable: Any, part: tuple[Batch, jax.Array | None]) -> tuple[jax.Array, losses.Loss]:
         model = nnx.merge(graphdef, *lora.join(trainable, state.frozen, settings.lora))
-        stream = model(part)
+        stream = model(*part)
         weights = losses.balance(stream.weights, stream.segments, optim_config.loss_average)
         loss = losses.next_token(
             stream.x, model.llm.unembed_weight(), stream.targets, weights, chunk=settings.train.loss_chunk
         )
         return loss.total, loss
 
-    grads, loss = _accumulate(jax.grad(loss_of, has_aux=True), state.trainable, batch, optim_config.accumulate)
+    parts = batch, row_keys(settings, state.step, batch)
+    grads, loss = _accumulate(jax.grad(loss_of, has_aux=True), state.trainable, parts, optim_config.accumulate)
     weight = jnp.maximum(loss.weight, jnp.finfo(jnp.float32).tiny)
     grads = jax.tree.map(lambda g: g / weight, grads)
     norm = jnp.asarray(optax.tree.norm(grads))
@@ -58,7 +59,21 @@ def train_step(
     return new, {name: jnp.asarray(number) for name, number in numbers.items()}
 
 
-def _accumulate(grad_of: Any, trainable: Any, batch: Batch, parts: int) -> tuple[Any, losses.Loss]:
+def row_keys(settings: Experiment, step: jax.Array, batch: Batch) -> jax.Array | None:
+    """A random key for each row, from seed, step and what the row says; None where nothing is random.
+
+    Where a row stands in the batch, how it is padded and dealt, and which host reads it change nothing.
+    """
+    if not getattr(settings.model.vision, "drop_path", 0):
+        return None
+    mark = batch.tokens.astype(jnp.uint32) * np.uint32(2654435761) + batch.positions.astype(jnp.uint32)
+    mark = (mark ^ (mark >> 15)) * np.uint32(2246822519)
+    rows = jnp.where(batch.segments > 0, mark ^ (mark >> 13), np.uint32(0)).sum(1, dtype=jnp.uint32)
+    key = jax.random.fold_in(jax.random.key(settings.train.seed), step)
+    return jax.vmap(lambda row: jax.random.key_data(jax.random.fold_in(key, row)))(rows)
+
+
+def _accumulate(grad_of: Any, trainable: Any, batch: Any, parts: int) -> tuple[Any, losses.Loss]:
     """Sums over micro-batches, one after the other: the activations of one exist at a time.
 
     Micro-batch i is every `parts`-th row from row i, so that no row moves to another device.
@@ -67,7 +82,7 @@ def _accumulate(grad_of: Any, trainable: Any, batch: Batch, parts: int) -> tuple
         return grad_of(trainable, batch)
     micro = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 1, 0), batch)
 
-    def add(sums: Any, part: Batch) -> tuple[Any, None]:
+    def add(sums: Any, part: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, grad_of(trainable, part)), None
 
     shapes = jax.eval_shape(grad_of, trainable, jax.tree.map(lambda a: a[0], micro))
@@ -84,14 +99,20 @@ class Stepper:
             step, donate_argnums=0, out_shardings=(jax.tree.map(lambda a: a.sharding, start.state), None)
         )
         self._compiled: dict[Any, Any] = {}
-        self._mesh, self._say = mesh, say
+        self._mesh, self._say, self._rows = mesh, say, experiment.data.batch_size
         self.compile_s = 0.0  # of the last call; 0 when nothing was compiled
 
     def put(self, batch: Batch) -> Batch:
         """This process's rows as part of the global batch, on the devices."""
         batch = zigzag.deal(batch, self._mesh.shape[sharding.SEQUENCE])
-        places = sharding.batch_shardings(batch, self._mesh)
-        return jax.tree.map(lambda a, p: jax.make_array_from_process_local_data(p, np.asarray(a)), batch, places)
+        rows = batch.shape[0] if jax.process_count() == 1 else self._rows
+        whole = jax.tree.map(lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype), batch)
+        places = sharding.batch_shardings(whole, self._mesh)
+
+        def place(a: Any, at: Any, of: Any) -> jax.Array:
+            return jax.make_array_from_process_local_data(at, np.asarray(a), of.shape)
+
+        return jax.tree.map(place, batch, places, whole)
 
     def compiled(self, state: TrainState, batch: Batch) -> Any:
         """The program for a batch of this shape; arrays may be abstract."""

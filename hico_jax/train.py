@@ -29,7 +29,7 @@ from data_pipeline.loader import make_loader
 from hico_jax import checkpoint, config, first_batch, lora, metrics, overview
 from hico_jax.batch import Batch
 from hico_jax.config import Experiment
-from hico_jax.parallel import context, hosts
+from hico_jax.parallel import context, hosts, sharding
 from hico_jax.parallel.mesh import make_mesh
 from hico_jax.preempt import AGAIN, Notice, exit_on_sigterm
 from hico_jax.samples import Evaluate, samples
@@ -151,6 +151,8 @@ def _loop(
             _draw(batch, epath.Path(experiment.workdir), decode)
         _trace(experiment, step)
         count = metrics.counts(batch, geometry)
+        if jax.process_count() > 1:  # the others' rows are about as long
+            count = {name: n * experiment.data.batch_size // batch.shape[0] for name, n in count.items()}
         state, numbers = stepper(state, stepper.put(batch))
         run.log()  # of the step before, while this one runs
         now = time.monotonic()
@@ -283,10 +285,8 @@ _HELD: list[Any] = []  # loaders that must not be collected before the program e
 
 
 def _train(experiment: Experiment, *, compile_only: bool = False) -> int:
-    loader = make_loader(
-        experiment.data, experiment.model.geometry(),
-        process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
+    share, shares = sharding.share_of_rows(make_mesh(experiment.mesh), experiment.data.batch_size)
+    loader = make_loader(experiment.data, experiment.model.geometry(), process_index=share, process_count=shares)
     tokenizer = loader.plan.tokenizer
     if tokenizer.vocab_size > experiment.model.llm.vocab_size:
         raise ValueError(

@@ -74,8 +74,8 @@ RULES: dict[str, tuple[str, ...]] = {
     ),
     "hico_jax.film": (*_CONTRACT, "hico_jax.models.hico", "hico_jax.generate", "data_pipeline"),
     "hico_jax.evals": (
-        *_CONTRACT, "hico_jax.film", "hico_jax.generate", "hico_jax.ask", "hico_jax.models", "hico_jax.registry",
-        "hico_jax.report", "hico_jax.options", "data_pipeline",
+        *_CONTRACT, "hico_jax.parallel", "hico_jax.film", "hico_jax.generate", "hico_jax.ask", "hico_jax.models",
+        "hico_jax.registry", "hico_jax.report", "hico_jax.options", "data_pipeline",
     ),
     "hico_jax.plan": ("hico_jax", "configs"),
     "hico_jax.report": (),

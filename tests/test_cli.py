@@ -34,7 +34,7 @@ SURFACE = {
     },
     "niah": {
         "--model", "--out", "--fresh", "--haystack", "--repeat", "--needles", "--images", "--hops", "--count",
-        "--letters", "--seed", "--frames", "--depths", "--insertion", "--prompt",
+        "--letters", "--seed", "--frames", "--depths", "--insertion", "--prompt", "--devices",
     },
     "compress": {
         "--model", "--out", "--methods", "--tokens-per-frame", "--max-frames", "--seed", "--fresh", "--films",

@@ -212,7 +212,7 @@ def to_raw(config: HiCoConfig, raw: Mapping[str, Any] | None = None, *, torch_dt
     for key in ("vision_config", "hico_jax"):
         out.pop(key, None)
     usual_vision = {key: vision.__dataclass_fields__[key].default for key in OWN_VISION if hasattr(vision, key)}
-    if _vision(out, {}) != dataclasses.replace(vision, remat=False, **usual_vision):
+    if _vision(out, {}) != dataclasses.replace(_settled(vision), **usual_vision):
         out["vision_config"] = {
             "image_size": side,
             "patch_size": vision.patch_px,
@@ -263,10 +263,16 @@ def _same(a: HiCoConfig, b: HiCoConfig) -> bool:
     """Equal but for what is chosen anew at every run."""
 
     def plain(config: HiCoConfig) -> HiCoConfig:
-        vision = dataclasses.replace(config.vision, remat=False)
-        return dataclasses.replace(config, vision=vision, llm=dataclasses.replace(config.llm, remat=False))
+        llm = dataclasses.replace(config.llm, remat=False)
+        return dataclasses.replace(config, vision=_settled(config.vision), llm=llm)
 
     return plain(a) == plain(b)
+
+
+def _settled(vision: Any) -> Any:
+    """A tower's configuration without what is chosen anew at every run, and no `config.json` tells."""
+    usual = {key: field.default for key, field in vision.__dataclass_fields__.items() if key in ("remat", "drop_path")}
+    return dataclasses.replace(vision, **usual)
 
 
 def _need(raw: Mapping[str, Any], key: str) -> Any:

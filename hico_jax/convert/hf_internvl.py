@@ -86,6 +86,7 @@ def from_raw(raw: Mapping[str, Any], name: str = "") -> HiCoConfig:
         norm_eps=vision_raw.get("layer_norm_eps", 1e-6),
         merge_heads=llm.num_heads,
         frames_per_clip=ours.get("frames_per_clip", InternViTConfig.frames_per_clip),
+        drop_path=float(vision_raw.get("drop_path_rate", InternViTConfig.drop_path)),
     )
     merged = {f.name: ours[f.name] for f in dataclasses.fields(ToMeConfig) if f.name in ours}
     if "tokens_per_frame" not in merged and re.search(r"R64\b", f"{raw.get('_name_or_path', '')} {name}"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -19,7 +20,7 @@ from hico_jax.models.llm.decoder import Stream
 from hico_jax.models.projector import KINDS, Projector
 from hico_jax.parallel import sharding, spread
 from hico_jax.parallel.sharding import shard
-from hico_jax.shapes import Array, Float, Int, UInt8
+from hico_jax.shapes import Array, Float, Int, UInt8, UInt32
 
 PIXEL_MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in [0, 1]
 PIXEL_STD = (0.229, 0.224, 0.225)
@@ -112,9 +113,12 @@ class HiCo(nnx.Module):
         )
         self.llm = config.llm.build(rngs=rngs)
 
-    def __call__(self, batch: Batch) -> Stream:
-        """Hidden states of every token still alive after the last layer, in row order."""
-        visual = self.encode(batch.clips, batch.images)
+    def __call__(self, batch: Batch, keys: UInt32[Array, "B K"] | None = None) -> Stream:
+        """Hidden states of every token still alive after the last layer, in row order.
+
+        A random key for each row makes it a training pass of the tower (stochastic depth, where the tower has it).
+        """
+        visual = self.encode(batch.clips, batch.images, keys)
         stream, _ = self.llm(self.splice(batch, visual), batch.drop, schedule=self.config.drop)
         return stream
 
@@ -122,32 +126,51 @@ class HiCo(nnx.Module):
         self,
         clips: UInt8[Array, "B N T height width 3"] | Float[Array, "B N T height width 3"],
         images: UInt8[Array, "B I height width 3"] | Float[Array, "B I height width 3"],
+        keys: UInt32[Array, "B K"] | None = None,
     ) -> Float[Array, "B S D"]:
         """Visual tokens of each row, clips first, then image tiles: S = N * tokens_per_clip + I * tokens_per_image."""
         geometry = self.config.geometry()
-        tokens = self._encode(clips, geometry.tokens_per_clip)
-        tiles = self._encode(images[:, :, None], geometry.tokens_per_image)
+        if getattr(self.config.vision, "drop_path", 0) == 0:
+            keys = None
+        tokens = self._encode(clips, geometry.tokens_per_clip, clip_keys(keys, 0, clips.shape[1]))
+        tiles = self._encode(images[:, :, None], geometry.tokens_per_image, clip_keys(keys, 1, images.shape[1]))
         return jnp.concatenate([tokens, tiles], axis=1)
 
-    def _encode(self, clips: Array, num_tokens: int) -> Float[Array, "B S D"]:
+    def _encode(self, clips: Array, num_tokens: int, keys: Array | None) -> Float[Array, "B S D"]:
         rows, num_clips = clips.shape[:2]
         dtype = jnp.dtype(self.config.dtype)
         if num_clips == 0:
             return jnp.zeros((rows, 0, self.config.llm.embed_dim), dtype)
 
-        def some(parts: Any, clips: Array) -> Float[Array, "N M D"]:
-            vision, compressor, projector = parts
-            patches = vision(normalize(clips, dtype))  # N P E
+        def some(parts: Any, some_clips: tuple[Array, Array | None]) -> Float[Array, "N M D"]:
+            (vision, compressor, projector), (clips, keys) = parts, some_clips
+            pixels = normalize(clips, dtype)
+            patches = vision(pixels) if keys is None else vision(pixels, keys)  # N P E
             return projector(compressor(patches, num_tokens, clips.shape[1]))  # N M D
 
         flat = clips.reshape(-1, *clips.shape[2:])
-        projected = spread.each_clip(some, (self.vision, self.compressor, self.projector), flat)
+        projected = spread.each_clip(some, (self.vision, self.compressor, self.projector), (flat, keys))
         return projected.reshape(rows, num_clips * num_tokens, -1)
 
     def splice(self, batch: Batch, visual: Float[Array, "B S D"]) -> Stream:
         """Text embeddings with each visual token put where the host said it sits."""
         x = self.llm.embed(batch.tokens).astype(visual.dtype)
         return Stream.begin(splice(x, visual, batch.slots), batch)
+
+
+def clip_keys(keys: UInt32[Array, "B K"] | None, kind: int, count: int) -> UInt32[Array, "N K"] | None:
+    """A key for each of the first `count` clips (kind 0) or tiles (kind 1) of every row, by its number in the row.
+
+    Neither the mesh, nor micro-batches, nor how far the batch is padded change a clip's key.
+    """
+    if keys is None:
+        return None
+
+    def of_row(data: Array) -> Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(data), kind)
+        return jax.vmap(lambda n: jax.random.key_data(jax.random.fold_in(key, n)))(jnp.arange(count))
+
+    return jax.vmap(of_row)(keys).reshape(-1, keys.shape[-1])
 
 
 def splice(

@@ -173,6 +173,39 @@ def shardings(variables: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, variables, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+def share_of_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
+    """(which, of how many): the share of a batch's rows that this process reads.
+
+    Processes whose devices hold the same rows read the same share.
+
+    Raises:
+      ValueError: the rows do not divide so that every process holds whole shares.
+    """
+    places = NamedSharding(mesh, spec((rows,), ("batch",), dict(mesh.shape)))
+    held: dict[int, set[tuple[int, int]]] = {}
+    for device, (cut,) in places.devices_indices_map((rows,)).items():
+        first, last, _ = cut.indices(rows)
+        held.setdefault(device.process_index, set()).add((first, last))
+    return share_of({process: tuple(sorted(cuts)) for process, cuts in held.items()}, jax.process_index(), rows)
+
+
+def share_of(held: dict[int, tuple[tuple[int, int], ...]], process: int, rows: int) -> tuple[int, int]:
+    """`share_of_rows`, from the (first, last + 1) of all rows that each process's devices hold.
+
+    Example:
+      >>> share_of({0: ((0, 4),), 1: ((4, 8),), 2: ((0, 4),), 3: ((4, 8),)}, 3, 8)
+      (1, 2)
+    """
+    shares = sorted(set(held.values()))
+    sizes = [sum(last - first for first, last in cuts) for cuts in shares]
+    if len(set(sizes)) > 1 or sum(sizes) != rows:
+        raise ValueError(
+            f"{rows} rows do not divide over the mesh so that {len(held)} processes read a share each; make "
+            "data.batch_size a multiple of the devices that rows are split over (mesh.data times mesh.fsdp)"
+        )
+    return shares.index(held[process]), len(shares)
+
+
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:
     """Rows over `batch`; token arrays also over `length`; pixels also over the devices that share a row's clips."""
     found = dict(mesh.shape)

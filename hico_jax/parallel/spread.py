@@ -21,25 +21,31 @@ from hico_jax.shapes import Array, Float, Int
 PATCHES = 25_088  # encoded at once on a device: 32 clips of 4 frames at 224 pixels, 8 at 448
 
 
-def each_clip(f: Callable[[Any, Array], Array], weights: Any, clips: Array) -> Array:
+def each_clip(f: Callable[[Any, Any], Array], weights: Any, clips: Any) -> Array:
     """`f(weights, clips)` for clips shared out over every device, in order; weights are whole on each.
 
-    Every clip must give the same, whatever clips stand beside it. Many clips of a device run in groups, and the
-    backward pass encodes a group again: what the tower keeps of a whole film would not fit.
+    `clips` is their pixels, or a tuple of pixels and what else belongs to each (None: nothing). Every clip must give
+    the same, whatever clips stand beside it. Many clips of a device run in groups, and the backward pass encodes a
+    group again: what the tower keeps of a whole film would not fit.
     """
     sizes = sharding.sizes()
-    count, devices = clips.shape[0], math.prod(sizes.values())
+    count, devices = jax.tree.leaves(clips)[0].shape[0], math.prod(sizes.values())
     if devices == 1:
         return f(weights, clips)
     missing = -count % devices
-    clips = jnp.pad(clips, ((0, missing),) + ((0, 0),) * (clips.ndim - 1))
-    clips = sharding.shard(clips, "clips", *(None for _ in clips.shape[1:]))
 
-    def mine(weights: Any, clips: Array) -> Array:
-        group = group_size(clips.shape[0], math.prod(clips.shape[1:-1]) // 256)
-        if group == clips.shape[0]:
+    def spread(x: Array) -> Array:
+        x = jnp.pad(x, ((0, missing),) + ((0, 0),) * (x.ndim - 1))
+        return sharding.shard(x, "clips", *(None for _ in x.shape[1:]))
+
+    clips = jax.tree.map(spread, clips)
+
+    def mine(weights: Any, clips: Any) -> Array:
+        pixels = jax.tree.leaves(clips)[0]
+        group = group_size(pixels.shape[0], math.prod(pixels.shape[1:-1]) // 256)
+        if group == pixels.shape[0]:
             return f(weights, clips)
-        groups = clips.reshape(-1, group, *clips.shape[1:])
+        groups = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), clips)
         out = jax.lax.map(jax.checkpoint(lambda part: f(weights, part)), groups)
         return out.reshape(-1, *out.shape[2:])
 

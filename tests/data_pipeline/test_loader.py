@@ -368,3 +368,31 @@ def test_a_weight_of_zero_leaves_a_dataset_out(data, small):
     (data / "weights.yaml").write_text(yaml.safe_dump({"datasets": entries}))
     made = list(make_loader(config(data, annotations=str(data / "weights.yaml"), num_epochs=2), GEOMETRY, small))
     assert sorted(i for m in made for i in m.info.ids) == [f"t{i}" for i in range(8)]
+
+
+def test_conversations_that_cannot_be_learnt_from_are_holes(data, small, tmp_path):
+    """No answer, an answer with nothing in it, more marks than files: masked, counted and named, all else as it was."""
+    picture = {"image": str(data / "p1.png")}
+    items = [{"id": f"ok{i}", **picture, "conversations": talk("<image>\nWhat?", "square")} for i in range(5)]
+    hurt = {
+        "silent": {"conversations": talk("<image>\nWhat?", "")[:1]},
+        "empty": {"conversations": talk("<image>\nWhat?", " ")},
+        "marks": {"conversations": talk("<image> and <image>\nWhat?", "square")},
+    }
+    items[2:2] = [{"id": name, **picture, **item} for name, item in hurt.items()]
+    (tmp_path / "talks.json").write_text(json.dumps(items))
+    made = config(data, annotations=str(tmp_path / "talks.json"), max_bad_fraction=0.5)
+    found = list(make_loader(made, GEOMETRY, small))
+    told = {b.split(" ")[0]: b for m in found for b in m.info.bad}
+    assert set(told) == set(hurt)
+    assert found[-1].info.bad_total == {"talks.json": 3}
+    for batch, info in found:
+        for name, learnt in zip(info.ids, batch.weights.sum(1) > 0, strict=True):
+            assert learnt == name.startswith("ok")
+
+
+def test_a_missing_annotation_file_inside_a_yaml_stops_before_the_first_batch(data, small):
+    entries = [{"json_path": "texts.json"}, {"json_path": "gone.json"}]
+    (data / "gone.yaml").write_text(yaml.safe_dump({"datasets": entries}))
+    with pytest.raises(ValueError, match=r"gone\.json: no such annotation file"):
+        make_loader(config(data, annotations=str(data / "gone.yaml")), GEOMETRY, small)

@@ -3,7 +3,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pathlib
 import pickle
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -19,6 +21,7 @@ from data_pipeline.options import DataConfig
 from data_pipeline.tokenizer import train_bpe
 from hico_jax.batch import Geometry
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 GEOMETRY = Geometry(image_px=8, frames_per_clip=4, tokens_per_clip=4, tokens_per_image=4, max_length=512)
 
 
@@ -123,3 +126,30 @@ def test_evicting_media_changes_no_batch(both, tmp_path, monkeypatch):
 def test_a_folder_that_holds_something_is_left_alone(both):
     with pytest.raises(ValueError, match="is not empty"):
         prepare.prepare([], both)
+
+
+BEAM = """
+import sys
+import tensorflow_datasets as tfds
+from apache_beam.options.pipeline_options import PipelineOptions
+from data_pipeline import prepare
+from data_pipeline.annotations import read_annotations
+options = PipelineOptions(["--runner=DirectRunner", "--direct_num_workers=2"])
+several = tfds.download.DownloadConfig(beam_options=options, num_shards=3)
+prepare.prepare(read_annotations(sys.argv[1]), sys.argv[2], beam=several)
+"""
+
+
+@pytest.mark.slow
+def test_apache_beam_writes_the_same_records(both):
+    """Apache Beam has an environment of its own: HICO_BEAM_PYTHON is a Python with it and with our requirements."""
+    python = os.environ.get("HICO_BEAM_PYTHON")
+    if python is None:
+        pytest.skip("HICO_BEAM_PYTHON names no Python with apache-beam")
+    subprocess.run([python, "-c", BEAM, str(both / "a.json"), str(both / "beam")], check=True, cwd=ROOT)
+    one, many = records.find(both / "made"), records.find(both / "beam")
+    assert len(list(pathlib.Path(many).glob("hico-media.array_record-*"))) == 3
+    assert records.read_samples(many) == records.read_samples(one)
+    for split in ("samples", "media"):
+        ours, theirs = records._source(one, split), records._source(many, split)
+        assert [theirs[i] for i in range(len(theirs))] == [ours[i] for i in range(len(ours))], split

@@ -85,6 +85,7 @@ def test_a_packed_row_has_the_loss_of_its_samples(config: HiCoConfig) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("config", [PLAIN, DROPS], ids=["plain", "drops"])
 def test_packing_recomputing_and_slicing_change_no_gradient(config: HiCoConfig) -> None:
     graph, state = weights(config)

@@ -1,4 +1,7 @@
-"""Two processes joined by `jax.distributed` save, vote on what is sound, restore. Training: benchmarks/elastic.py."""
+"""Two processes joined by `jax.distributed` read rows, save, vote on what is sound, restore.
+
+Training: benchmarks/elastic.py.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,29 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hico_jax import checkpoint
+from hico_jax import checkpoint, registry
+from hico_jax.batch import Batch
 from hico_jax.config import CheckpointConfig
-from hico_jax.parallel import hosts
+from hico_jax.parallel import hosts, sharding
+from hico_jax.parallel.mesh import MeshConfig, make_mesh
+from hico_jax.step import Stepper
 
 hosts.join(60)
 folder = pathlib.Path(sys.argv[1])
-mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(AxisType.Auto,))
+# Fewer rows in a process than devices in all: each still gets rows of its own.
+for sizes, share in ((MeshConfig(1, 8, 1, 1), (jax.process_index(), 2)), (MeshConfig(1, 1, 8, 1), (0, 1))):
+    mesh = make_mesh(sizes)
+    assert sharding.share_of_rows(mesh, 8) == share
+    whole = Batch.fake(registry.model_config("tiny").geometry(), rows=8, seed=1)
+    stepper = object.__new__(Stepper)
+    stepper._mesh, stepper._rows = mesh, 8
+    with jax.set_mesh(mesh):
+        placed = stepper.put(jax.tree.map(lambda a: a[share[0] :: share[1]], whole))
+        totals = jax.jit(lambda b: (b.tokens.sum(), b.clips.astype(jnp.int32).sum()))(placed)
+    assert placed.tokens.shape[0] == 8, placed.tokens.shape
+    expected = int(whole.tokens.sum()), int(whole.clips.astype(np.int64).sum())
+    assert tuple(map(int, totals)) == expected, (sizes, totals, expected)
+mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[::4])
 split, whole = (NamedSharding(mesh, PartitionSpec(*names)) for names in (("fsdp",), ()))
 make = jax.jit(lambda n: ({"w": jnp.arange(8.0) * n}, {"count": n}), out_shardings=({"w": split}, {"count": whole}))
 with jax.set_mesh(mesh):
@@ -46,12 +65,12 @@ with jax.set_mesh(mesh):
 """
 
 
-def test_two_processes_restore_the_newest_sound_checkpoint(tmp_path: pathlib.Path) -> None:
+def test_two_processes_read_their_rows_and_restore_the_newest_sound_checkpoint(tmp_path: pathlib.Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     shared = os.environ | {
-        "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "HICO_PROCESSES": "2",
+        "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "HICO_PROCESSES": "2",
         "HICO_COORDINATOR": f"localhost:{port}",
     }  # fmt: skip
     command = [sys.executable, "-c", CHILD, str(tmp_path)]

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.options import DataConfig
-from hico_jax import config, metrics, optim, registry, train
+from hico_jax import config, metrics, optim, registry, start, step, train
 from hico_jax.batch import Batch
 from hico_jax.config import CheckpointConfig, Experiment, TrainConfig
 from hico_jax.parallel.mesh import MeshConfig
@@ -124,7 +126,8 @@ def test_stopped_by_sigterm_and_resumed_equals_straight(
     assert losses_of(tmp_path) == losses_of(straight[0])
 
 
-KILLED = """
+# Stops itself (SIGSTOP, all its threads at once) at some of the file operations of its saves; argument 2 numbers them.
+STOPPED = """
 import os, pathlib, signal, sys
 import jax
 jax.config.update("jax_platforms", "cpu")
@@ -134,25 +137,87 @@ jax.config.update("jax_default_matmul_precision", "highest")
 sys.path.insert(0, {tests!r})
 from hico_jax import train
 import test_train
-def kill(position):
-    if position == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-settings = test_train.experiment(pathlib.Path(sys.argv[1]), steps=6)
-train.fit(settings, test_train.Counter(before=kill), devices=jax.devices()[:1])
+workdir, points, seen = sys.argv[1], set(map(int, sys.argv[2].split(","))), 0
+def audit(event, values):
+    global seen
+    if event not in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"):
+        return
+    if not values or not str(values[0]).startswith(workdir + "/checkpoints"):
+        return
+    if event == "open" and not (isinstance(values[1], str) and set(values[1]) & set("wax+")):
+        return
+    seen += 1
+    if seen in points:
+        os.kill(os.getpid(), signal.SIGSTOP)
+sys.addaudithook(audit)
+train.fit(test_train.experiment(pathlib.Path(workdir), steps=6), test_train.Counter(), devices=jax.devices()[:1])
 """
 
 
-def test_killed_and_resumed_equals_straight(straight: tuple[pathlib.Path, Any], tmp_path: pathlib.Path) -> None:
-    script = KILLED.format(tests=str(pathlib.Path(__file__).parent))
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def instants(folder: pathlib.Path, number: int, moments: int) -> list[pathlib.Path]:
+    """The workdir of a run as it stands at file operations of its saves and at moments between; killed at the last.
 
-    def run(kill_at: int) -> int:
-        return subprocess.run([sys.executable, "-c", script, str(tmp_path), str(kill_at)], env=environment,
-                              capture_output=True, timeout=250).returncode  # fmt: skip
+    What a stopped process leaves on disk is what SIGKILL would leave then. There are about ninety operations.
+    """
+    rng, workdir, found = np.random.default_rng(0), folder / "killed", list[pathlib.Path]()
+    chosen = sorted(rng.choice(np.arange(1, 86), number, replace=False).tolist())
+    between = sorted(rng.integers(1, number, moments).tolist())  # so many stops come before each moment
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED.format(tests=str(pathlib.Path(__file__).parent)), str(workdir),
+         ",".join(map(str, chosen))],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    passed = 0
+    while True:
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), f"it ended with {os.waitstatus_to_exitcode(status)}"
+        passed += 1
+        if passed == number:  # a moment may fall on an operation: then fewer are left
+            break
+        found.append(folder / str(len(found)))
+        shutil.copytree(workdir, found[-1])
+        os.kill(process.pid, signal.SIGCONT)
+        if between and passed > between[0]:
+            del between[0]
+            time.sleep(float(rng.uniform(0, 0.01)))
+            os.kill(process.pid, signal.SIGSTOP)
+    process.kill()
+    process.wait()
+    return [*found, workdir]
 
-    assert run(kill_at=4) == -signal.SIGKILL  # right after step 3; step 2 may or may not have been committed
-    assert run(kill_at=0) == 0
-    assert losses_of(tmp_path) == losses_of(straight[0])
+
+@pytest.mark.timeout(600)
+def test_a_run_resumes_from_what_any_of_twenty_instants_leaves(
+    straight: tuple[pathlib.Path, Any],
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`benchmarks/kill_anywhere.py` kills for real every time, and resumes in new processes."""
+    programs: dict[Any, Any] = {}  # every restart would compile the same, and draw the same numbers
+    begin, random = step.Stepper.__init__, start._random
+    drawn: list[Any] = []
+
+    def stepper(self: Any, *arguments: Any) -> None:
+        begin(self, *arguments)
+        self._compiled = programs
+
+    def once(*arguments: Any) -> Any:
+        drawn[:] = drawn or [random(*arguments)]
+        return jax.tree.map(jnp.copy, drawn[0])
+
+    monkeypatch.setattr(step.Stepper, "__init__", stepper)
+    monkeypatch.setattr(start, "_random", once)
+    found, origins = instants(tmp_path, 20, moments=4), set()
+    assert len(found) == 20
+    for copy in found:
+        state = train.fit(experiment(copy, steps=6), Counter(), devices=ONE)
+        said = capsys.readouterr().out.splitlines()
+        origins.add(next(line for line in said if line.startswith("weights:")).split("(")[0])
+        assert losses_of(copy) == losses_of(straight[0]), copy
+        for a, b in zip(leaves(state), leaves(straight[1]), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert len(origins) >= 3, origins  # of random weights, and of several checkpoints
 
 
 def test_a_finished_run_has_nothing_to_do(

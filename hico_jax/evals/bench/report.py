@@ -162,6 +162,11 @@ def frames_of(path: str) -> str:
         frames = np.concatenate(list(video.iter_frames(path, indices, (96, 96))))
     except video.VideoError:
         return ""
+    return picture(frames, [f"{i / info.fps:.1f} s" for i in indices])
+
+
+def picture(frames: np.ndarray, labels: Sequence[str]) -> str:
+    """Frames side by side as a data URI."""
     buffer = io.BytesIO()
-    contact_sheet(frames, [f"{i / info.fps:.1f} s" for i in indices], columns=FRAMES).save(buffer, "JPEG", quality=85)
+    contact_sheet(frames, labels, columns=FRAMES).save(buffer, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -55,10 +55,10 @@ class Answerer(Protocol):
 
 
 class ModelAnswerer:
-    """A `Viewer` that answers greedily, as the reference's scripts do."""
+    """A `Viewer` that answers greedily, as the reference's scripts do. A blind one, a control, is shown no video."""
 
-    def __init__(self, viewer: Viewer, *, repetition_penalty: float = 1.0) -> None:
-        self.viewer, self.repetition_penalty = viewer, repetition_penalty
+    def __init__(self, viewer: Viewer, *, repetition_penalty: float = 1.0, blind: bool = False) -> None:
+        self.viewer, self.repetition_penalty, self.blind = viewer, repetition_penalty, blind
 
     def watch(self, item: Item) -> Film:
         return self.viewer.watch(item.video, start=item.start, end=item.end, reader=item.reader)
@@ -67,7 +67,7 @@ class ModelAnswerer:
         config = GenerationConfig(
             max_new_tokens=max_new_tokens, repetition_penalty=self.repetition_penalty, eos=self.viewer.tokenizer.eos_ids
         )
-        found = self.viewer.ask(seen, item.prompt, config=config)
+        found = self.viewer.ask(None if self.blind else seen, item.prompt, config=config)
         facts = {
             "frames": seen.num_frames, "visual_tokens": found.visual_tokens, "prompt_tokens": found.prompt_tokens,
             "kept": list(found.kept), "answer_tokens": len(found.ids), "read_s": round(seen.read_s, 4),

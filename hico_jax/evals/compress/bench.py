@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_pipeline.world import films
-from hico_jax import ask
 from hico_jax.evals import card, journal
 from hico_jax.evals.compress import methods
 from hico_jax.report import page
@@ -33,6 +32,8 @@ def main(args: argparse.Namespace) -> int:
     Raises:
       ValueError: a folder with other settings, or a film that is too short.
     """
+    from hico_jax import ask  # as in latency.py
+
     model, _ = ask.load_model(args.model)
     geometry, patches = model.config.geometry(), methods.patches_per_frame(model)
     frames = sorted({f // geometry.frames_per_clip * geometry.frames_per_clip for f in args.frames} - {0})

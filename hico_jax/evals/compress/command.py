@@ -20,7 +20,7 @@ from hico_jax import ask, film, generate
 from hico_jax.evals import card, journal
 from hico_jax.evals.bench import command as bench
 from hico_jax.evals.bench import runner, scores, tasks
-from hico_jax.evals.bench.report import percent
+from hico_jax.evals.bench.report import SHOWN, frames_of, percent
 from hico_jax.evals.compress import methods, world
 from hico_jax.models.hico import HiCo
 from hico_jax.report import page, progress
@@ -101,7 +101,7 @@ def measured(
         return row | {"failed": str(error)}
     viewer = film.Viewer(made, tokenizer, sampling=sampling)
     with progress.bar(method.name) as tick:
-        runner.run(benchmark, items, runner.ModelAnswerer(viewer), folder, tick=tick)
+        runner.run(benchmark, items, runner.ModelAnswerer(viewer, blind=method.blind), folder, tick=tick)
     lines = runner.finished(folder, items) or []
     summary = scores.summarize(benchmark, lines)
     timed = [line for line in lines if "answer_s" in line]
@@ -114,7 +114,7 @@ def measured(
         "encode_s_per_frame": _median([x["encode_s"] / x["frames"] for x in timed]),
         "answer_s": _median([x["answer_s"] for x in timed]),
         "long_answer_s": _median([x["answer_s"] for x in timed if x["prompt_tokens"] > 0.9 * longest]),
-        "prefill_mib": prefill_mib(viewer, lines),
+        "prefill_mib": None if method.blind else prefill_mib(viewer, lines),
     }  # fmt: skip
 
 
@@ -194,6 +194,7 @@ def tell(
                 {"kind": "table", "columns": columns, "rows": shown, "source": "compress.json",
                  "caption": "Score with its 95 % interval, then by kind of task. Prefill: what the compiler plans for "
                  "the longest row, weights not counted. Answers: median seconds."}]},
+            {"title": "Questions and frames", "blocks": examples(rows, items, out)},
             {"title": "Protocol", "blocks": [
                 {"kind": "keyvalues", "items": [[k, str(v)] for k, v in part.items()], "half": True}
                 for part in (settings, environment)
@@ -202,3 +203,17 @@ def tell(
     }  # fmt: skip
     print("\n".join(lines))
     print(page.write(report, out / "compress.html"))
+
+
+def examples(rows: Sequence[Mapping[str, Any]], items: Sequence[tasks.Item], out: pathlib.Path) -> list[page.AnyBlock]:
+    """Frames of some questions' videos, with what the model said under every method."""
+    said = {row["title"]: {x["id"]: x["answer"] for x in journal.read(out / row["name"])} for row in rows}
+    blocks: list[page.AnyBlock] = []
+    for item in items[:: max(1, len(items) // SHOWN)][:SHOWN]:
+        answers = "; ".join(f"{title}: {found[item.id]!r}" for title, found in said.items() if item.id in found)
+        caption = f"{item.prompt[-700:]}\n\nExpected {item.expected}. {answers}"
+        if source := frames_of(item.video):
+            blocks.append({"kind": "image", "src": source, "alt": f"frames of {item.id}", "caption": caption})
+        else:
+            blocks.append({"kind": "code", "text": caption})
+    return blocks

@@ -23,7 +23,7 @@ from data_pipeline import chat, layout, video
 from data_pipeline.buckets import ladder
 from data_pipeline.frames import time_message
 from data_pipeline.tokenizer import load_tokenizer
-from hico_jax import ask, generate
+from hico_jax import generate
 from hico_jax.batch import DropSchedule
 from hico_jax.evals import card
 from hico_jax.evals.compress import methods
@@ -117,6 +117,8 @@ def _answer(model: HiCo, tokenizer: Any, visual: Array, frames: int) -> dict[str
 
 def row(model_folder: str, film: str, frames: int, name: str, drop: str = "") -> dict[str, Any]:
     """One line of the table; `drop` replaces the method's own."""
+    from hico_jax import ask  # what reads weights is not needed where they are random (benchmarks/long_video.py)
+
     model, tokenizer_folder = ask.load_model(model_folder)
     (method,) = (m for m in methods.methods(model) if m.name == name)
     made = methods.apply(model, method)

@@ -36,6 +36,7 @@ class Method:
     compressor: Any
     drop: DropSchedule = dataclasses.field(default_factory=DropSchedule)
     control: bool = False
+    blind: bool = False  # the questions alone, without the video
 
 
 def patches_per_frame(model: HiCo) -> int:
@@ -82,6 +83,7 @@ def methods(model: HiCo, tokens_per_frame: int | None = None) -> list[Method]:
         Method("none", "no compression", everything),
         Method("drop-all", f"control: every visual token dropped after layer {deep}", ToMeConfig(kept, image),
                DropSchedule("uniform", (deep,), (1.0, 0.0)), control=True),
+        Method("blind", "control: the questions without the video", ToMeConfig(kept, image), control=True, blind=True),
     ]  # fmt: skip
 
 
@@ -104,7 +106,7 @@ def apply(model: HiCo, method: Method) -> HiCo:
 
 def tokens_by_layer(method: Method, layers: int) -> tuple[float, float]:
     """Visual tokens a frame at the language model's input, and their mean over its layers."""
-    first = method.compressor.tokens_per_frame
+    first = 0 if method.blind else method.compressor.tokens_per_frame
     bounds = (0, *(method.drop.layers if method.drop.num_stages else ()), layers)
     ratios = method.drop.ratios if method.drop.num_stages else (1.0,)
     total = sum((b - a) * r for a, b, r in zip(bounds, bounds[1:], ratios, strict=False))

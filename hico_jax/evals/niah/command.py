@@ -12,14 +12,21 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import numpy as np
+
+from data_pipeline.image import resize
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.world import films
 from hico_jax import ask
 from hico_jax.evals import card, journal
-from hico_jax.evals.bench.report import percent
+from hico_jax.evals.bench import report as bench
+from hico_jax.evals.bench.report import SHOWN, percent
 from hico_jax.evals.niah import grid as trials
 from hico_jax.evals.niah import haystack, needles, probe
 from hico_jax.models.hico import HiCo
+from hico_jax.parallel import sharding
+from hico_jax.parallel.mesh import MeshConfig, make_mesh
 from hico_jax.report import page, progress, raster
 
 WORLD_SEED = 70_000  # of cards; films of the demo's tests have other seeds
@@ -32,6 +39,16 @@ def main(args: argparse.Namespace) -> int:
       ValueError: missing files, a film that is too short, or a folder with trials made with other settings.
     """
     model, tokenizer_folder = ask.load_model(args.model)
+    if args.devices == 1:
+        return _main(args, model, tokenizer_folder)
+    if args.devices > jax.device_count():
+        raise ValueError(f"--devices is {args.devices} but this machine has {jax.device_count()}")
+    mesh = make_mesh(MeshConfig(fsdp=1, sequence=args.devices), jax.devices()[: args.devices])
+    with jax.set_mesh(mesh):
+        return _main(args, jax.device_put(model, sharding.shardings(model, mesh)), tokenizer_folder)
+
+
+def _main(args: argparse.Namespace, model: HiCo, tokenizer_folder: pathlib.Path) -> int:
     geometry = model.config.geometry()
     frames = tuple(sorted({f // geometry.frames_per_clip * geometry.frames_per_clip for f in args.frames}))
     if not frames[0]:
@@ -51,7 +68,8 @@ def main(args: argparse.Namespace) -> int:
     asker = probe.Probe(model, load_tokenizer(tokenizer_folder), prompt)
     with progress.bar("questions") as tick:
         lines = trials.run(asker, hay, hidden, grid, out, tick=tick)
-    tell(lines, grid, settings | {"distinct_frames": hay.distinct}, out)
+    told = settings | {"distinct_frames": hay.distinct, "devices": args.devices}
+    tell(lines, grid, told, out, examples(lines, hidden, path))
     return 0
 
 
@@ -89,7 +107,32 @@ def settings_of(
     return json.loads(json.dumps(found))
 
 
-def tell(lines: Sequence[dict[str, Any]], grid: trials.Grid, settings: dict[str, Any], out: pathlib.Path) -> None:
+def examples(
+    lines: Sequence[dict[str, Any]], hidden: Sequence[needles.Needle], path: pathlib.Path
+) -> list[page.AnyBlock]:
+    """The film, and some needles with what was asked and what was said at one depth of each length."""
+    blocks: list[page.AnyBlock] = [
+        {"kind": "image", "src": bench.frames_of(str(path)), "alt": "frames of the film", "caption": "The haystack."}
+    ]
+    for needle in hidden[:: max(1, len(hidden) // SHOWN)][:SHOWN]:
+        mine = {(x["asked"], x["insertion"], x["frames"]): x for x in lines if x["needle"] == needle.id}
+        said = [f"{i}, {f:,} frames: {x['answer']!r}" for (_, i, f), x in mine.items()]
+        asked = "; ".join(f"{a.question} ({a.answer})" for a in needle.asked)
+        shown = np.stack([resize(p, 96, 96) for p in needle.pictures])
+        blocks.append({
+            "kind": "image", "src": bench.picture(shown, [needle.id, *[""] * (len(shown) - 1)]), "half": True,
+            "alt": f"what is hidden: {needle.id}", "caption": f"{asked}\n\n{'; '.join(said)}",
+        })  # fmt: skip
+    return blocks
+
+
+def tell(
+    lines: Sequence[dict[str, Any]],
+    grid: trials.Grid,
+    settings: dict[str, Any],
+    out: pathlib.Path,
+    shown: Sequence[page.AnyBlock] = (),
+) -> None:
     """Write summary, pictures and reports, and print the totals."""
     environment = card.environment() | {"command": card.command(), "peak memory, MiB": card.peak_memory_mib()}
     totals = trials.totals(lines, grid)
@@ -122,6 +165,7 @@ def tell(lines: Sequence[dict[str, Any]], grid: trials.Grid, settings: dict[str,
     ]  # fmt: skip
     if grid.chains:
         sections.append({"title": "Captions, questions, both", "blocks": [_joint(summary["joint"])]})
+    sections.append({"title": "Questions and frames", "blocks": shown})
     sections.append({"title": "Answers", "blocks": [{
         "kind": "table", "columns": ["trial", "expected", "said", "forced", "log-probability"],
         "rows": [

@@ -30,6 +30,7 @@ from hico_jax.evals.niah.needles import Asked
 from hico_jax.generate import GenerationConfig
 from hico_jax.models.hico import HiCo
 from hico_jax.models.llm.cache import Cache
+from hico_jax.parallel import sharding, zigzag
 from hico_jax.shapes import Array, Float, Int
 
 PROMPTS = ("paper", "chat")
@@ -79,6 +80,7 @@ class Probe:
         batch = layout.collate(
             [row], geometry, ladder(len(row), 64), num_clips, training=False, pixels=False, drop_multiple=32
         )  # fmt: skip
+        batch = zigzag.deal(batch, sharding.ring())
         visual = haystack.gather(hay.tokens, trial.extra, trial.index)
         answer = self.tokenizer.encode(asked.answer)
         config = GenerationConfig(max_new_tokens=max(self.max_new_tokens, len(answer)), eos=self.tokenizer.eos_ids)

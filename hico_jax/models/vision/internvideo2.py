@@ -18,7 +18,7 @@ from hico_jax.convert.rules import Rule
 from hico_jax.models import layers
 from hico_jax.models.attention import attend
 from hico_jax.models.vision import patches
-from hico_jax.shapes import Array, Float, ndarray
+from hico_jax.shapes import Array, Float, UInt32, ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,11 @@ class InternVideo2Config:
     frames_per_clip: int = 4
     image_positions: bool = True  # images have a table of their own; otherwise the mean of the clip's over time
     remat: bool = False  # compute each block again in the backward pass instead of keeping its activations
+    drop_path: float = 0.25  # the last block's rate of stochastic depth, in training only, frozen or not
 
     def __post_init__(self) -> None:
         patches.check_grid(self.image_px, self.patch_px)
+        patches.check_rate(self.drop_path)
         if self.embed_dim % self.num_heads or self.embed_dim % 16:
             raise ValueError(
                 f"vision.embed_dim is {self.embed_dim}; it must be a multiple of 16 and of num_heads {self.num_heads}"
@@ -68,11 +70,7 @@ VARIANTS = {
 
 
 class InternVideo2(nnx.Module):
-    """The tower (`PretrainVisionTransformer_clean` in the reference, with `x_vis_only`).
-
-    The reference drops whole residual branches at random while it trains (stochastic depth, rate up to 0.25); that
-    is not done here.
-    """
+    """The tower (`PretrainVisionTransformer_clean` in the reference, with `x_vis_only`)."""
 
     def __init__(self, config: InternVideo2Config, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -86,8 +84,12 @@ class InternVideo2(nnx.Module):
         )
         self.blocks = layers.stack(lambda r: Block(config, rngs=r), config.num_blocks, rngs)
 
-    def __call__(self, pixels: Float[Array, "B T height width 3"]) -> Float[Array, "B P E"]:
+    def __call__(
+        self, pixels: Float[Array, "B T height width 3"], keys: UInt32[Array, "B K"] | None = None
+    ) -> Float[Array, "B P E"]:
         """Patches of every clip. A clip of one frame is an image and has positions of its own.
+
+        A random key for each clip makes it a training pass: branches are dropped (stochastic depth).
 
         Raises:
           ValueError: frames are not of the configured size, or not as many as the positions are for.
@@ -102,7 +104,8 @@ class InternVideo2(nnx.Module):
         x = self.patch(pixels)
         cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([cls, x], axis=1) + self._table(frames).astype(x.dtype)
-        return patches.through(self.blocks, x, remat=config.remat)[:, 1:]
+        branches = None if keys is None else patches.branches(keys, config.drop_path, config.num_blocks)
+        return patches.through(self.blocks, x, remat=config.remat, branches=branches)[:, 1:]
 
     def _table(self, frames: int) -> Float[Array, "Q E"]:
         table = self.positions[...]
@@ -127,9 +130,12 @@ class Block(nnx.Module):
         self.down = layers.Linear(mlp_dim, dim, ("mlp", "vision_embed"), rngs=rngs, stddev=0.02)
         self.scale2 = layers.param(jnp.full(dim, 1e-5), ("vision_embed",))
 
-    def __call__(self, x: Float[Array, "B Q E"]) -> Float[Array, "B Q E"]:
-        x = x + scaled(self.attn(self.norm1(x)), self.scale1)
-        return x + scaled(self.down(layers.gelu(self.up(self.norm2(x)))), self.scale2)
+    def __call__(
+        self, x: Float[Array, "B Q E"], branches: Float[Array, "2 B"] | tuple[None, None] = (None, None)
+    ) -> Float[Array, "B Q E"]:
+        x = x + patches.survive(scaled(self.attn(self.norm1(x)), self.scale1), branches[0])
+        y = scaled(self.down(layers.gelu(self.up(self.norm2(x)))), self.scale2)
+        return x + patches.survive(y, branches[1])
 
 
 def scaled(x: Float[Array, "B Q E"], scale: nnx.Param) -> Float[Array, "B Q E"]:

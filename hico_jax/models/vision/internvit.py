@@ -18,7 +18,7 @@ from hico_jax.convert.rules import Rule
 from hico_jax.models import layers
 from hico_jax.models.attention import attend
 from hico_jax.models.vision import patches
-from hico_jax.shapes import Array, Float
+from hico_jax.shapes import Array, Float, UInt32
 
 SQUARE = 2  # side of the square of patches that become one
 
@@ -39,8 +39,10 @@ class InternViTConfig:
     merge_heads: int = 32  # the reference takes the language model's number of heads
     frames_per_clip: int = 4  # that are merged together
     remat: bool = False  # compute each block again in the backward pass instead of keeping its activations
+    drop_path: float = 0.1  # the last block's rate of stochastic depth, in training only, frozen or not
 
     def __post_init__(self) -> None:
+        patches.check_rate(self.drop_path)
         side = self.patch_px * SQUARE
         if self.image_px % side:
             raise ValueError(
@@ -75,10 +77,7 @@ VARIANTS = {
 
 
 class InternViT(nnx.Module):
-    """The tower (`InternVisionModel` and `pixel_shuffle` in the reference). No norm after the last block.
-
-    The reference drops whole residual branches at random while it trains (rate up to 0.1); that is not done here.
-    """
+    """The tower (`InternVisionModel` and `pixel_shuffle` in the reference). No norm after the last block."""
 
     def __init__(self, config: InternViTConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -89,8 +88,12 @@ class InternViT(nnx.Module):
         self.positions = layers.param(layers.normal(rngs, (1 + grid**2, config.width), 1.0), axes)
         self.blocks = layers.stack(lambda r: Block(config, rngs=r), config.num_blocks, rngs)
 
-    def __call__(self, pixels: Float[Array, "B T height width 3"]) -> Float[Array, "B P E"]:
+    def __call__(
+        self, pixels: Float[Array, "B T height width 3"], keys: UInt32[Array, "B K"] | None = None
+    ) -> Float[Array, "B P E"]:
         """Patches of every clip.
+
+        A random key for each clip makes it a training pass: branches are dropped, frame by frame (stochastic depth).
 
         Raises:
           ValueError: a side of the frames is not an even number of patches.
@@ -103,18 +106,22 @@ class InternViT(nnx.Module):
                 "Resize them or change vision.image_px."
             )
         rows, cols = (px // self.config.patch_px for px in size)
-        x = self.states(pixels.reshape(clips * frames, 1, *pixels.shape[2:]))[:, 1:]
+        config = self.config
+        branches = None if keys is None else patches.branches(keys, config.drop_path, config.num_blocks, frames)
+        x = self.states(pixels.reshape(clips * frames, 1, *pixels.shape[2:]), branches)[:, 1:]
         x = pixel_shuffle(x.reshape(-1, rows, cols, x.shape[-1]))
         return x.reshape(clips, -1, x.shape[-1])
 
-    def states(self, pixels: Float[Array, "B 1 height width 3"]) -> Float[Array, "B Q W"]:
+    def states(
+        self, pixels: Float[Array, "B 1 height width 3"], branches: Float[Array, "Z 2 B"] | None = None
+    ) -> Float[Array, "B Q W"]:
         """The class token and every patch of each frame after the last block (`last_hidden_state`)."""
         config = self.config
         rows, cols = (px // config.patch_px for px in pixels.shape[2:4])
         x = self.patch(pixels)
         cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([cls, x], axis=1) + self._table(rows, cols).astype(x.dtype)
-        return patches.through(self.blocks, x, remat=config.remat)
+        return patches.through(self.blocks, x, remat=config.remat, branches=branches)
 
     def _table(self, rows: int, cols: int) -> Float[Array, "Q W"]:
         """The learned positions, stretched (bicubic, float32) to frames of another size."""
@@ -141,9 +148,12 @@ class Block(nnx.Module):
         self.down = layers.Linear(config.mlp_dim, dim, ("mlp", "vision_embed"), rngs=rngs, stddev=0.02)
         self.scale2 = layers.param(jnp.ones(dim), ("vision_embed",))
 
-    def __call__(self, x: Float[Array, "B Q W"]) -> Float[Array, "B Q W"]:
-        x = x + self.attn(self.norm1(x)) * self.scale1[...].astype(x.dtype)
-        return x + self.down(layers.gelu(self.up(self.norm2(x)))) * self.scale2[...].astype(x.dtype)
+    def __call__(
+        self, x: Float[Array, "B Q W"], branches: Float[Array, "2 B"] | tuple[None, None] = (None, None)
+    ) -> Float[Array, "B Q W"]:
+        x = x + patches.survive(self.attn(self.norm1(x)) * self.scale1[...].astype(x.dtype), branches[0])
+        y = self.down(layers.gelu(self.up(self.norm2(x)))) * self.scale2[...].astype(x.dtype)
+        return x + patches.survive(y, branches[1])
 
 
 class Attention(nnx.Module):

@@ -18,7 +18,7 @@ from flax import nnx
 
 from hico_jax.models import layers
 from hico_jax.parallel.sharding import shard
-from hico_jax.shapes import Array, Float, ndarray
+from hico_jax.shapes import Array, Float, UInt32, ndarray
 
 T = TypeVar("T")
 
@@ -56,18 +56,49 @@ class PatchEmbed(nnx.Module):
         return squares @ weight.reshape(-1, weight.shape[-1]) + self.b[...].astype(pixels.dtype)
 
 
-def through(blocks: Any, x: T, *, remat: bool) -> T:
+def through(blocks: Any, x: T, *, remat: bool, branches: Float[Array, "Z 2 B"] | None = None) -> T:
     """`x`, patches or a tuple with patches, after every block of a stacked module. With `remat` each is computed again
-    in the backward pass."""
+    in the backward pass. A block gets its row of `branches` where they are given."""
 
     def spread(x: Any) -> Any:
         return jax.tree.map(lambda a: shard(a, "clips", None, None) if a.ndim == 3 else a, x)
 
-    def step(x: Any, block: Any) -> tuple[Any, None]:
-        return spread(block(x)), None
+    def step(x: Any, layer: tuple[Any, Array | None]) -> tuple[Any, None]:
+        block, branch = layer
+        return spread(block(x) if branch is None else block(x, branch)), None
 
     x = spread(x)
-    return jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if remat else step, x, blocks)[0]
+    return jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if remat else step, x, (blocks, branches))[0]
+
+
+def branches(keys: UInt32[Array, "N K"], rate: float, num_blocks: int, each: int = 1) -> Float[Array, "Z 2 B"]:
+    """What both branches of every block are multiplied by, for `each` samples of every clip: 0 where one is dropped.
+
+    Stochastic depth (`DropPath` in the reference): a branch is dropped with a rate that rises from 0 in the first block
+    to `rate` in the last, and counts 1 / (1 - its rate) otherwise. All of it follows from the clip's own key.
+    """
+    keep = (1 - np.linspace(0, rate, num_blocks))[:, None].astype(np.float32)
+
+    def draw(key: Array) -> Array:
+        return jax.random.uniform(jax.random.wrap_key_data(key), (each, num_blocks, 2))
+
+    drawn = jax.vmap(draw)(keys).reshape(-1, num_blocks, 2)
+    return jnp.where(drawn < keep, 1 / keep, np.float32(0)).transpose(1, 2, 0)
+
+
+def survive(x: Float[Array, "B Q E"], branch: Float[Array, " B"] | None) -> Float[Array, "B Q E"]:
+    """A branch as it is added: whole, or dropped for some samples."""
+    return x if branch is None else x * branch[:, None, None].astype(x.dtype)
+
+
+def check_rate(rate: float) -> None:
+    """A rate of stochastic depth lies in [0, 1).
+
+    Raises:
+      ValueError: it does not.
+    """
+    if not 0 <= rate < 1:
+        raise ValueError(f"vision.drop_path is {rate}; it must be at least 0 and below 1")
 
 
 def stretch(table: Float[ndarray, "T Y X E"], frames: int, rows: int, cols: int) -> Float[ndarray, "t y x E"]:

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from hico_jax import registry
 from hico_jax.batch import Batch
+from hico_jax.parallel import sharding
 from hico_jax.parallel.mesh import MeshConfig, make_mesh
 from hico_jax.parallel.sharding import RULES, batch_shardings, shard, shardings, spec
 
@@ -82,3 +83,17 @@ def test_a_batch_is_split_by_rows_and_long_rows_too() -> None:
 
 def test_the_table_names_mesh_axes_only() -> None:
     assert {axis for axes in RULES.values() for axis in axes} == {"slice", "data", "fsdp", "sequence", "tensor"}
+
+
+def test_which_rows_a_process_reads() -> None:
+    """Alone; with devices whose rows lie apart; with others that hold the same rows; and never half of a share."""
+    for rows in (8, 4, 3):  # split over all eight devices, over some of them, over none
+        assert sharding.share_of_rows(make_mesh(MeshConfig(1, 8, 1, 1)), rows) == (0, 1)
+    four = {p: ((2 * p, 2 * p + 2),) for p in range(4)}
+    assert [sharding.share_of(four, p, 8) for p in range(4)] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    apart = {0: ((0, 1), (2, 3)), 1: ((1, 2), (3, 4))}
+    assert [sharding.share_of(apart, p, 4) for p in range(2)] == [(0, 2), (1, 2)]
+    same = {0: ((0, 4),), 1: ((0, 4),)}  # a row over both: each reads all
+    assert [sharding.share_of(same, p, 4) for p in range(2)] == [(0, 1), (0, 1)]
+    with pytest.raises(ValueError, match="8 rows do not divide over the mesh so that 2 processes read a share each"):
+        sharding.share_of({0: ((0, 4),), 1: ((2, 8),)}, 0, 8)

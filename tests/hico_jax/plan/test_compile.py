@@ -60,3 +60,27 @@ def test_full_fine_tuning_of_a_long_row_fits(topology: str, tokens: int, keeps: 
     pytest.importorskip("libtpu")
     found = million(topology, tokens, keeps)
     assert found.peak_bytes <= most * 2**30, c.gib(found.peak_bytes)
+
+
+@pytest.mark.tpu
+@pytest.mark.timeout(1800)
+def test_what_layers_keep_can_wait_on_the_host() -> None:
+    """`remat_keeps=offload` is a real program for a TPU: some of what a step needs lies in the host's memory."""
+    pytest.importorskip("libtpu")
+    from configs import stage3_sft
+    from hico_jax import config
+
+    experiment = config.freeze(stage3_sft.get_config("nano"))
+    devices = c.devices_of("v5e:2x2")
+    sizes, found = MeshConfig(1, len(devices), 1, 1), {}
+    for keeps in ("attention", "offload"):
+        llm = dataclasses.replace(experiment.model.llm, remat=True, remat_keeps=keeps)
+        model = dataclasses.replace(experiment.model, dtype="bfloat16", llm=llm)
+        settings = dataclasses.replace(
+            experiment, model=model, mesh=sizes, data=dataclasses.replace(experiment.data, batch_size=4)
+        )
+        found[keeps] = c.train_step(settings, make_mesh(sizes, devices), rows=4, tokens=4096, clips=0)
+    llm = experiment.model.llm
+    kept = llm.num_layers * 4096 * llm.num_heads * llm.head_dim * 2  # the attention's output of one row, in bfloat16
+    assert found["attention"].host_bytes == 0
+    assert found["offload"].host_bytes >= kept

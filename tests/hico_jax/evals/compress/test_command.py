@@ -11,8 +11,10 @@ import pytest
 from data_pipeline.tokenizer import Tokenizer
 from hico_jax import cli
 from hico_jax.convert import export
-from hico_jax.evals.bench import runner
+from hico_jax.evals.bench import runner, tasks
 from hico_jax.evals.compress import world
+from hico_jax.film import Viewer
+from hico_jax.generate import GenerationConfig
 from hico_jax.models.hico import HiCo
 from tests import official_files
 from tests.parrot import Parrot
@@ -47,17 +49,27 @@ def test_every_method_on_a_benchmark(
     files: Any = official_files.make(tmp_path / "files", 1)["mvbench"]
     line = ["compress", "--model", model, "--out", str(tmp_path / "out"), "--benchmark", "mvbench"]
     line += ["--annotations", files["annotations"], "--videos", files["videos"]]
-    line += ["--methods", "merge,pyramid,none,drop-all"]
+    line += ["--methods", "merge,pyramid,none,drop-all,blind"]
     assert cli.main(line) == cli.OK
     out = capsys.readouterr().out
     rows = [row for row in out.splitlines() if row.startswith("| ")]
-    assert len(rows) == 1 + 4
+    assert len(rows) == 1 + 5
+    assert "control: the questions without the video | 0 | 0 |" in out
     assert "action_count" in rows[0]
     page = (tmp_path / "out" / "compress.html").read_text()
     assert "PyramidDrop style" in page
     assert "may do better" in page
     before = sorted((tmp_path / "out").rglob("answers.*.jsonl"))
-    assert len(before) == 4
+    assert len(before) == 5
+    assert "data:image/jpeg;base64," in page
+
+
+def test_a_blind_model_is_asked_without_the_film(viewer: Viewer, noise_film: pathlib.Path) -> None:
+    blind = runner.ModelAnswerer(viewer, blind=True)
+    item = tasks.Item(id="q", source="", groups={}, video=str(noise_film), prompt="What colour is the card?")
+    found = blind.answer(blind.watch(item), item, 4)
+    assert found.facts["visual_tokens"] == 0
+    assert found.text == viewer.ask(None, item.prompt, config=GenerationConfig(4, eos=viewer.tokenizer.eos_ids)).text
 
 
 @pytest.mark.parametrize(

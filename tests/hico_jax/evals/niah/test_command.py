@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from data_pipeline.tokenizer import Tokenizer
-from hico_jax import cli
+from hico_jax import ask, cli
+from hico_jax.batch import DropSchedule
 from hico_jax.convert import export
 from hico_jax.evals.niah import needles
 from hico_jax.models.hico import HiCo
@@ -36,7 +37,10 @@ def test_the_made_up_world(model: str, tmp_path: pathlib.Path, capsys: pytest.Ca
     for name in ("heatmap_pixel_forced.png", "heatmap_feature_generated.png"):
         with Image.open(tmp_path / name) as image:
             assert image.size[0] > 200
-    assert "<svg" in (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text()
+    assert "<svg" in text
+    assert text.count("data:image/jpeg;base64,") == 3  # the film, and both cards with what was said
+    assert "What colour is the card?" in text
     assert "| pixel, forced | 16 |" in (tmp_path / "report.md").read_text()
     before = (tmp_path / "trials.0.jsonl").read_bytes()
     assert cli.main(line) == cli.OK
@@ -59,9 +63,33 @@ def test_a_users_film_and_chains(model: str, noise_film: pathlib.Path, tmp_path:
     assert "only caption" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("drop", [False, True])
+def test_eight_devices_find_what_one_finds(
+    drop: bool, asked_model: HiCo, words: Tokenizer, tmp_path: pathlib.Path
+) -> None:
+    made = asked_model
+    if drop:
+        made = ask.with_drop(made, DropSchedule("uniform0_attention", (1, 2), (1.0, 0.5, 0.25)))
+    file = words.save(tmp_path / "tokenizer")  # type: ignore[attr-defined]
+    weights = str(export.export(made, tmp_path / "weights", files=[file]))
+    found = []
+    for devices in ("1", "8"):
+        out = tmp_path / devices
+        line = ["niah", "--model", weights, "--out", str(out), "--frames", "32", "--depths", "0,0.4", "--count", "2"]
+        assert cli.main([*line, "--devices", devices]) == cli.OK
+        found.append([json.loads(x) for x in (out / "trials.0.jsonl").read_text().splitlines()])
+    assert len(found[0]) == 10
+    for one, eight in zip(*found, strict=True):
+        assert one["log_prob"] == pytest.approx(eight["log_prob"], abs=1e-3)
+        for name in ("id", "answer", "forced", "generated", "visual_tokens", "prompt_tokens"):
+            assert one[name] == eight[name], name
+
+
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
+        (["--devices", "9"], "--devices is 9 but this machine has 8"),
         (["--frames", "3"], "--frames 3 is less than one clip of 4 frames"),
         (["--frames", "x"], "'x' is not a whole number"),
         (["--depths", "2"], "'2' is not a number from 0 to 1"),
