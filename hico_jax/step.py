@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -89,9 +88,7 @@ class Stepper:
 
     def put(self, batch: Batch) -> Batch:
         """This process's rows as part of the global batch, on the devices."""
-        batch = zigzag.deal(batch, self._mesh.shape[sharding.SEQUENCE])
-        places = sharding.batch_shardings(batch, self._mesh)
-        return jax.tree.map(lambda a, p: jax.make_array_from_process_local_data(p, np.asarray(a)), batch, places)
+        return sharding.put(zigzag.deal(batch, self._mesh.shape[sharding.SEQUENCE]), self._mesh)
 
     def compiled(self, state: TrainState, batch: Batch) -> Any:
         """The program for a batch of this shape; arrays may be abstract."""

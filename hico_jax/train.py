@@ -29,7 +29,7 @@ from data_pipeline.loader import make_loader
 from hico_jax import checkpoint, config, first_batch, lora, metrics, overview
 from hico_jax.batch import Batch
 from hico_jax.config import Experiment
-from hico_jax.parallel import context, hosts
+from hico_jax.parallel import context, hosts, sharding
 from hico_jax.parallel.mesh import make_mesh
 from hico_jax.preempt import AGAIN, Notice, exit_on_sigterm
 from hico_jax.samples import Evaluate, samples
@@ -280,10 +280,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _train(experiment: Experiment, *, compile_only: bool = False) -> int:
-    loader = make_loader(
-        experiment.data, experiment.model.geometry(),
-        process_index=jax.process_index(), process_count=jax.process_count(),
-    )  # fmt: skip
+    index, count = sharding.rows_of(make_mesh(experiment.mesh))
+    loader = make_loader(experiment.data, experiment.model.geometry(), process_index=index, process_count=count)
     tokenizer = loader.plan.tokenizer
     if tokenizer.vocab_size > experiment.model.llm.vocab_size:
         raise ValueError(
