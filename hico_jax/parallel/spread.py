@@ -36,6 +36,10 @@ def each_clip(f: Callable[[Any, Array], Array], weights: Any, clips: Array) -> A
     clips = sharding.shard(clips, "clips", *(None for _ in clips.shape[1:]))
 
     def mine(weights: Any, clips: Array) -> Array:
+        with jax.named_scope("clips"):
+            return in_groups(weights, clips)
+
+    def in_groups(weights: Any, clips: Array) -> Array:
         group = group_size(clips.shape[0], math.prod(clips.shape[1:-1]) // 256)
         if group == clips.shape[0]:
             return f(weights, clips)

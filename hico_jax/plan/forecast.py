@@ -8,6 +8,7 @@ FLOPs count causal attention at half and what is computed again separately, as t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -79,6 +80,26 @@ def choose_mesh(shape: Shape, topology: Topology) -> MeshConfig:
     return MeshConfig(data=1, fsdp=split, sequence=each // split, tensor=1, slices=topology.slices)
 
 
+def recommend(experiment: Experiment, topology: Topology, shape: Shape) -> tuple[Experiment, MeshConfig]:
+    """The mesh and micro-batches that fit with the fewest devices a row; of none that fits, the one that needs least.
+
+    Each device, or group of devices that shares a row, has one row at a time; the rest is accumulated.
+    """
+    each, found = topology.count // topology.slices, []
+    for sequence in (2**i for i in range(each.bit_length()) if each % 2**i == 0):
+        share = each // sequence * topology.slices
+        if shape.rows % share:
+            continue
+        mesh = MeshConfig(1, each // sequence, sequence, 1, slices=topology.slices, context=experiment.mesh.context)
+        optim = dataclasses.replace(experiment.optim, accumulate=shape.rows // share)
+        fitted = dataclasses.replace(experiment, optim=optim, mesh=mesh)
+        peak = forecast(fitted, topology, mesh, shape).peak
+        if peak <= topology.chip.memory * USABLE:
+            return fitted, mesh
+        found.append((peak, sequence, fitted, mesh))
+    return min(found, key=lambda f: f[:2])[2:]
+
+
 def resolved(mesh: MeshConfig, topology: Topology) -> MeshConfig:
     """The mesh with its -1 worked out.
 
@@ -100,8 +121,13 @@ def resolved(mesh: MeshConfig, topology: Topology) -> MeshConfig:
 
 def sizes_of(experiment: Experiment) -> dict[str, tuple[int, int]]:
     """(parameters that train, frozen parameters) of vision, projector and llm."""
-    model = nnx.eval_shape(lambda: experiment.model.build(rngs=nnx.Rngs(params=0)))
-    parts = optim.split(model, experiment.optim.rates)
+    return _sizes_of(experiment.model, experiment.optim.rates)
+
+
+@functools.cache
+def _sizes_of(config: Any, rates: optim.Table) -> dict[str, tuple[int, int]]:
+    model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(params=0)))
+    parts = optim.split(model, rates)
     found: dict[str, list[int]] = {name: [0, 0] for name in ("vision", "projector", "llm")}
     for i, half in enumerate((parts.trainable, parts.frozen)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(half):
