@@ -84,6 +84,10 @@ class _Plan(NamedTuple):
     def stations(self) -> int:
         return self.size // self.exchanged
 
+    def me(self) -> Array:
+        """The station of this device; 0 of one, where no axis need exist."""
+        return jax.lax.axis_index(self.axis) // self.exchanged if self.size > 1 else jnp.zeros((), jnp.int32)
+
 
 class _Side(NamedTuple):
     """Keys and values of one device, and their segments: what travels."""
@@ -106,6 +110,8 @@ def attention(
     backend: Backend = BLOCKWISE,
 ) -> Float[Array, "B L H d"]:
     """This device's part of `softmax(q k / sqrt(d)) v`; L is the local length. A padding query gives zeros.
+
+    Of one device it is the backend's kernel, and needs no mesh.
 
     Raises:
       ValueError: an unknown strategy, an odd local length, or (`usp`) heads that cannot be exchanged.
@@ -186,7 +192,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 def _forward(
     plan: _Plan, q: Array, k: Array, v: Array, positions: Array, segments: Array
 ) -> tuple[Float[Array, "B L H d"], Float[Array, "B L H"]]:
-    me = jax.lax.axis_index(plan.axis) // plan.exchanged
+    me = plan.me()
     mine = _Side(k, v, segments)
     gathers = plan.gathers and plan.stations > 1
     sides = jax.tree.map(lambda a: jax.lax.all_gather(a, plan.axis), mine) if gathers else None
@@ -350,7 +356,7 @@ def _add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
 
 def _backward(plan: _Plan, saved: tuple[Array, ...], d_out: Array) -> tuple[Array, Array, Array]:
     q, k, v, positions, segments, out, lse = saved
-    me = jax.lax.axis_index(plan.axis) // plan.exchanged
+    me = plan.me()
     d_out = jnp.where((segments != 0)[..., None, None], d_out, jnp.zeros((), d_out.dtype))
     mine = _Side(k, v, segments)
 
