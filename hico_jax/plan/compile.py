@@ -61,8 +61,9 @@ def _ask_for_programs() -> None:
         return
     folder = pathlib.Path(tempfile.mkdtemp(prefix="hico_plan_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=false"
-    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip()
+    flags = ("to_filter=TLP", "hlo_text=true", "llo_text=false", f"to={folder}")
+    words = [os.environ.get("LIBTPU_INIT_ARGS", ""), *(f"--xla_jf_dump_{flag}" for flag in flags)]
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join(words).strip()
     _dumps.append(folder)
 
 
@@ -92,6 +93,11 @@ def devices_of(topology: str) -> Sequence[Any]:
     try:
         return topologies.get_topology_desc(topology, platform="tpu").devices
     except Exception as error:  # the compiler's own words are many lines of C++
+        if "lockfile" in str(error):
+            raise ValueError(
+                "another process holds the TPU compiler, or one that died left its lock; wait for it, delete "
+                "/tmp/libtpu_lockfile, or set ALLOW_MULTIPLE_LIBTPU_LOAD=1 to compile beside it"
+            ) from None
         if "libtpu" in str(error).lower() and "not found" in str(error).lower():
             raise ValueError("no TPU compiler is installed; pip install -e '.[tpu-compile]'") from None
         raise ValueError(

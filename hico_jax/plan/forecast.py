@@ -18,7 +18,8 @@ from flax import nnx
 
 from hico_jax import optim
 from hico_jax.config import Experiment
-from hico_jax.parallel import context
+from hico_jax.models.llm import decoder
+from hico_jax.parallel import context, spread
 from hico_jax.parallel.mesh import MeshConfig
 from hico_jax.plan.chips import Topology
 
@@ -164,29 +165,35 @@ def forecast(
     keeps = getattr(llm, "remat_keeps", "attention") == "attention"
     width = llm.embed_dim + (heads if keeps else 0)
     unembed = llm.vocab_size * llm.embed_dim / mesh.tensor
-    logits = 2 * 4.0 * min(experiment.train.loss_chunk, here) * rows_here * llm.vocab_size
     pixels = clips_here * vision.frames_per_clip * 3.0 * vision.image_px**2
-    group = min(clips_here, max(1, 25_088 // patches))
-    tower = sum(sizes["vision"]) * 4.0
+    tower, tower_trains = sum(sizes["vision"]), sizes["vision"][0] * training
+    group = spread.group_size(max(1, clips_here), patches)
+    most = decoder.FRUGAL_SLICE if not training else decoder.RING_SLICE if mesh.sequence > 1 else decoder.SLICE
+    wide = 2.0 * min(here, most * rows_here) * llm.mlp_dim / mesh.tensor  # one activation of an MLP
+    attention_alive = here * (18 if training else 12) * heads / mesh.tensor  # float32 queries, sums, their parts
     memory = {
-        "parameters": 4.0 * (trains + frozen) / shards,
-        "optimizer": (8.0 * trains / shards) if training else 0.0,
-        "pixels": pixels,
-        "layer inputs": 2.0 * here * width * llm.num_layers if training else 0.0,
-        "one layer": 2.0 * here * (6 * llm.embed_dim + 4 * heads)
-        + 2.0 * min(here, 65_536) * 3 * llm.mlp_dim / mesh.tensor
-        + 4.0 * layer,
-        "tower": tower + 2.0 * group * patches * vision.embed_dim * (vision.num_blocks + 12),
-        "gathered keys": kv_bytes * (3 if training else 1) if strategy == "gather" else 0.0,
-        "loss": logits + 8.0 * unembed if training else 0.0,
+        "parameters": (4.0 if training else 2.0) * (trains + frozen) / shards,
+        "optimizer": 8.0 * trains / shards * training,
+        # and the weights of a step in the activations' type, which the compiler casts before its loop over layers
+        "gradients": (4.0 * trains + 2.0 * sum(sizes["llm"])) / shards * training,
+        "pixels": (2.2 if training else 1.0) * pixels,  # as given, and as the tower cuts them
+        "layer inputs": (2.0 * width + 4.0 * llm.num_heads * keeps) * here * llm.num_layers * training,
         "cache": 0.0 if training else kv_bytes * llm.num_layers / mesh.sequence,
     }
-    if not training:
-        memory["parameters"] = 2.0 * (trains + frozen) / shards
-    # The tower is done before the layers start, and the loss before the layers' gradients: only one of them lives.
-    transient = {name: memory.pop(name) for name in ("one layer", "tower", "loss", "gathered keys")}
-    alive = max(transient["one layer"] + transient["gathered keys"], transient["tower"], transient["loss"])
-    memory["largest of layer, tower, loss"] = alive
+    # The tower is done before the layers start, and the loss before the layers' gradients: one of them lives at a time.
+    # Sums of the tower's gradients are made before the layers' backward pass, which does not need them.
+    alive = {
+        "layer": 4.0 * here * llm.embed_dim
+        + 4.0 * tower_trains
+        + max(attention_alive, (4 if training else 3) * wide + 4.0 * layer / mesh.tensor)
+        + (kv_bytes * (3 if training else 1) if strategy == "gather" else 0.0),
+        "tower": 2.0 * tower
+        + 8.0 * tower_trains
+        + 2.0 * group * patches * vision.embed_dim * ((2 * vision.num_blocks if tower_trains else 2) + 12)
+        - memory["layer inputs"],
+        "loss": 12.0 * min(experiment.train.loss_chunk, here) * rows_here * llm.vocab_size * training,
+    }
+    memory["largest of layer, tower, loss"] = max(0.0, *alive.values())
 
     times = 3.0 if training else 1.0
     tokens = float(shape.rows * shape.tokens)

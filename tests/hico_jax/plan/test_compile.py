@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
+from jax.experimental import topologies
 
 from hico_jax.parallel.mesh import make_mesh
 from hico_jax.plan import compile as c
@@ -16,6 +17,24 @@ def test_an_unknown_topology() -> None:
     pytest.importorskip("libtpu")
     with pytest.raises(ValueError, match="does not know the topology 'v5p:9x9x9'"):
         c.devices_of("v5p:9x9x9")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("ABORTED: Internal error when accessing libtpu multi-process lockfile.", "delete /tmp/libtpu_lockfile"),
+        ("Library libtpu.so not found", r"pip install -e '\.\[tpu-compile\]'"),
+        ("no such slice", r"does not know the topology 'v5e:2x2' \(no such slice\)"),
+    ],
+)
+def test_what_the_compiler_complains_of(words: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(topologies, "get_topology_desc", fail)
+    monkeypatch.setattr(c, "_ask_for_programs", lambda: None)
+    with pytest.raises(ValueError, match=says):
+        c.devices_of("v5e:2x2")
 
 
 @functools.cache
