@@ -291,7 +291,7 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
             weights = jax.tree.map(lambda w, m, v: w - 1e-5 * m / (jnp.sqrt(v) + 1e-8), weights, mu, nu)
             return weights, (mu, nu), loss
 
-        took, compiled = 0.0, update.lower(weights, moments, stream).compile()
+        took, loss, compiled = 0.0, float("nan"), update.lower(weights, moments, stream).compile()
         for _ in range(args.steps):
             began = time.perf_counter()
             weights, moments, loss = compiled(weights, moments, stream)

@@ -132,7 +132,7 @@ def _fetch_bwd(saved: tuple[Array, Array], d_out: Array) -> tuple[Array, None, A
     slots, like = saved
     names, devices = _around()
     count = -(-like.shape[0] // devices)
-    twins = [n for n in names if n != sharding.SEQUENCE]  # devices that hold the same tokens: one of them speaks
+    twins = tuple(n for n in names if n != sharding.SEQUENCE)  # devices that hold the same tokens: one of them speaks
 
     def mine(start: Array, slots: Array, d_out: Array) -> Array:
         me = jax.lax.axis_index(names)
