@@ -74,7 +74,7 @@ _next_token.defvjp(_next_token_fwd, _next_token_bwd, symbolic_zeros=True)
 def _sums(
     hidden: Array, unembed: Array, targets: Array, weights: Array, chunk: int, wanted: tuple[bool, bool]
 ) -> tuple[Loss, tuple[Array | None, Array | None]]:
-    way = _in_columns if math.prod(sharding.sizes().values()) > 1 else _in_slices
+    way = _in_columns if sharding.count() > 1 else _in_slices
     return way(hidden, unembed, targets, weights, chunk, wanted)
 
 

@@ -69,6 +69,11 @@ def sizes() -> dict[str, int]:
     return {} if mesh.empty else {name: mesh.shape[name] for name in mesh.auto_axes}
 
 
+def count() -> int:
+    """How many devices the compiler lays out; 1 without a mesh, and inside `local`."""
+    return math.prod(sizes().values())
+
+
 def ring() -> int:
     """Over how many devices one row is split."""
     return sizes().get(SEQUENCE, 1)
@@ -84,7 +89,7 @@ def platform() -> str:
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     """Ask the compiler to lay `x` out by `axes`. Does nothing when no mesh is in context."""
     found = sizes()
-    if math.prod(found.values()) == 1:
+    if count() == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, found))
 
@@ -132,7 +137,7 @@ def gathered(module: Any, dtype: Any) -> Any:
     Said explicitly, so that the compiler never moves activations to weights; gradients go back to where weights live.
     """
     found = sizes()
-    if math.prod(found.values()) == 1:
+    if count() == 1:
         return module
     leaves, structure = jax.tree.flatten(module)
     variables = jax.tree.leaves(module, is_leaf=lambda x: isinstance(x, nnx.Variable))

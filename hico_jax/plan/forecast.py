@@ -144,9 +144,8 @@ def forecast(
     sizes = sizes_of(experiment)
     count = topology.count
     shards = mesh.fsdp * mesh.sequence * mesh.tensor
-    rows_here = max(
-        1.0, shape.rows / (mesh.slices * mesh.data * mesh.fsdp) / (experiment.optim.accumulate if training else 1)
-    )
+    parts = experiment.optim.accumulate if training else 1
+    rows_here = max(1.0, shape.rows / (mesh.slices * mesh.data * mesh.fsdp) / parts)
     here = rows_here * shape.tokens / mesh.sequence  # tokens of a device
     heads = llm.num_heads * llm.head_dim
     trains, frozen = sum(t for t, _ in sizes.values()), sum(f for _, f in sizes.values())
@@ -168,15 +167,15 @@ def forecast(
     pixels = clips_here * vision.frames_per_clip * 3.0 * vision.image_px**2
     tower, tower_trains = sum(sizes["vision"]), sizes["vision"][0] * training
     group = spread.group_size(max(1, clips_here), patches)
-    most = decoder.FRUGAL_SLICE if not training else decoder.RING_SLICE if mesh.sequence > 1 else decoder.SLICE
+    most = decoder.FRUGAL_SLICE if not training else decoder.MESH_SLICE if count > 1 else decoder.SLICE
     wide = 2.0 * min(here, most * rows_here) * llm.mlp_dim / mesh.tensor  # one activation of an MLP
     attention_alive = here * (18 if training else 12) * heads / mesh.tensor  # float32 queries, sums, their parts
     memory = {
         "parameters": (4.0 if training else 2.0) * (trains + frozen) / shards,
         "optimizer": 8.0 * trains / shards * training,
-        # and the weights of a step in the activations' type, which the compiler casts before its loop over layers
-        "gradients": (4.0 * trains + 2.0 * sum(sizes["llm"])) / shards * training,
-        "pixels": (2.2 if training else 1.0) * pixels,  # as given, and as the tower cuts them
+        # of the batch so far and of a part; and weights in the activations' type, cast before the loop over layers
+        "gradients": (4.0 * trains * (1 + (parts > 1)) + 2.0 * sum(sizes["llm"])) / shards * training,
+        "pixels": (1 + 1.2 / parts * training) * pixels,  # as given, and as the tower cuts them
         "layer inputs": (2.0 * width + 4.0 * llm.num_heads * keeps) * here * llm.num_layers * training,
         "cache": 0.0 if training else kv_bytes * llm.num_layers / mesh.sequence,
     }

@@ -81,6 +81,18 @@ def rows() -> Iterator[Row]:
                 yield Row(stage, fitted, topology, mesh, shape, name in RECOMMENDED)
 
 
+def find(part: str) -> Row:
+    """The first row whose key holds `part`.
+
+    Raises:
+      ValueError: none does.
+    """
+    for row in rows():
+        if part in row.key:
+            return row
+    raise ValueError(f"no row of the tables has {part!r} in its key; keys read {next(rows()).key!r}")
+
+
 def long_row(topology: str, tokens: int, keeps: str) -> Row:
     """Full fine-tuning of Qwen2-7B, UMT-L and merging on one row over all chips, with a ring."""
     place = Topology.parse(topology)
@@ -112,7 +124,8 @@ def compile_all(path: pathlib.Path = RECORDS, *, only: str = "", again: bool = F
     """Compile every marked row whose key holds `only` and that has no record yet, or all of them again."""
     known = records(path)
     for row in rows():
-        if not row.marked or only not in row.key or (row.key in known and not again):
+        done = row.key in known and not known[row.key].get("of_schedule")
+        if not row.marked or only not in row.key or (done and not again):
             continue
         print(f"compiling {row.key} ...", flush=True)
         known[row.key] = compiled(row)
@@ -144,6 +157,7 @@ def line(row: Row, known: Mapping[str, Mapping[str, Any]]) -> str:
     usable = chip.memory * USABLE
     record = known.get(row.key)
     said = "" if record is None else f"{record['peak_gib']:.1f}{_warn(record['peak_gib'] * 2**30 > usable)}"
+    said += " *" if record and record.get("of_schedule") else ""
     name = f"{row.shape.clips * 4:,} frames" if row.shape.rows == 1 else f"{row.name}, {row.experiment.model_name}"
     mfu = found.flops / (found.step_s * row.topology.count * chip.peak)
     hours = found.step_s * row.topology.count / 3.6

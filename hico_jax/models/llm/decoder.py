@@ -30,8 +30,8 @@ from hico_jax.shapes import Array, Float, Int
 # Of a recomputed layer: attention's output; no more; that on the host; or that and every product with a matrix, so
 # that only norms, rotations and activations are computed again.
 KEEPS = ("attention", "nothing", "offload", "products")
-# Tokens in an MLP at a time: training, training on rows over devices, and not training.
-SLICE, RING_SLICE, FRUGAL_SLICE = 65_536, 8192, 16_384
+# Tokens in an MLP at a time: training, training on several devices, and not training.
+SLICE, MESH_SLICE, FRUGAL_SLICE = 65_536, 8192, 16_384
 
 
 class Place(NamedTuple):
@@ -125,8 +125,8 @@ def run(
             assert plan is not None
             stream, scores = _drop(blocks, stream, plan, schedule, stage - 1, angles)
             stages.append(Stage(stream, scores))
-        most = FRUGAL_SLICE if cache_room else RING_SLICE if stream.ring > 1 else SLICE
-        place = _place(stream, angles)._replace(slice=most)
+        most = MESH_SLICE if remat != "products" and sharding.count() > 1 else SLICE
+        place = _place(stream, angles)._replace(slice=FRUGAL_SLICE if cache_room else most)
         x, group = _run_layers(blocks, start, stop, stream.x, place, remat=remat, cache_room=cache_room)
         stream = stream.replace(x=x)
         if cache_room:
