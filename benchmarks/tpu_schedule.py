@@ -141,7 +141,8 @@ class Lives:
         value: dict[str, Any] = {}
         inner: dict[int, Peak] = {}
         given: set[int] = set()
-        arguments = root = None
+        arguments: Any = None
+        root: Any = None
 
         def new(shape: Any, line: Line, at: int) -> Any:
             if isinstance(shape, list):
@@ -154,7 +155,8 @@ class Lives:
             return len(size) - 1
 
         for at, line in enumerate(self.bodies[name]):
-            args = [value.get(a) for a in line.args]
+            args: list[Any] = [value.get(a) for a in line.args]
+            made: Any
             if line.op not in ("get-tuple-element", "tuple", "bitcast"):
                 for b in (b for a in args if a is not None for b in flat(a)):
                     last[b] = at
@@ -198,7 +200,7 @@ class Lives:
             and len(root) == len(arguments)
         ):
             for a, b in zip(arguments, root, strict=True):  # what a loop hands on lies where it came from
-                if not isinstance(a, list) and not isinstance(b, list) and b not in given and last[a] <= born[b]:
+                if isinstance(a, int) and isinstance(b, int) and b not in given and last[a] <= born[b]:
                     size[b] = 0
         first = name == self.entry
         life = [(0, end) if first and b in given else (born[b], last[b]) for b in range(len(size))]

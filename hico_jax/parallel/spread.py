@@ -47,9 +47,38 @@ def each_clip(f: Callable[[Any, Array], Array], weights: Any, clips: Array) -> A
         out = jax.lax.map(jax.checkpoint(lambda part: f(weights, part)), groups)
         return out.reshape(-1, *out.shape[2:])
 
-    # The whole weights are not kept from the forward pass to the backward pass: they travel again.
-    run = jax.checkpoint(lambda w, c: sharding.local(mine, w, c, axes=((), ("clips",)), out=("clips",)))
-    out = run(weights, clips)
+    over = sharding.split_over(clips.shape[0], "clips")
+
+    def run(weights: Any, clips: Array) -> Array:
+        return sharding.local(mine, weights, clips, axes=((), ("clips",)), out=("clips",))
+
+    def pull(weights: Any, clips: Array, d_out: Array) -> Any:
+        group = group_size(clips.shape[0], math.prod(clips.shape[1:-1]) // 256)
+        parts = jax.tree.map(lambda a: a.reshape(-1, group, *a.shape[1:]), (clips, d_out))
+
+        def step(sums: Any, part: tuple[Array, Array]) -> tuple[Any, None]:
+            with jax.named_scope("clips"):
+                (more,) = jax.vjp(lambda w: f(w, part[0]), weights)[1](part[1])
+            return jax.tree.map(jnp.add, sums, more), None
+
+        # A zero that is there only when gradients are: else sums as large as the tower wait through all other layers.
+        nothing = d_out.reshape(-1)[0].astype(jnp.float32) * 0
+        zeros = jax.tree.map(lambda a: jnp.broadcast_to(nothing.astype(a.dtype), a.shape), weights)
+        return jax.lax.psum(jax.lax.scan(step, zeros, parts)[0], over)
+
+    @jax.custom_vjp
+    def encoded(weights: Any, clips: Array) -> Array:
+        return run(weights, clips)
+
+    def back(saved: tuple[Any, Array], d_out: Array) -> tuple[Any, None]:
+        axes = ((), ("clips",), ("clips",))
+        # The barrier: whole weights are not kept from the forward pass, they travel again.
+        weights, clips, d_out = jax.lax.optimization_barrier((*saved, d_out))
+        return sharding.local(pull, weights, clips, d_out, axes=axes, out=()), None
+
+    encoded.defvjp(lambda weights, clips: (run(weights, clips), (weights, clips)), back)
+    # Gradients of pixels are nobody's wish in training; who hands in floats may ask for them.
+    out = (run if jnp.issubdtype(clips.dtype, jnp.inexact) else encoded)(weights, clips)
     return out[:count] if missing else out
 
 
