@@ -180,11 +180,10 @@ def forecast(
         "cache": 0.0 if training else kv_bytes * llm.num_layers / mesh.sequence,
     }
     # The tower is done before the layers start, and the loss before the layers' gradients: one of them lives at a time.
-    # Sums of the tower's gradients are made before the layers' backward pass, which does not need them.
     alive = {
-        "layer": 4.0 * here * llm.embed_dim
-        + 4.0 * tower_trains
-        + max(attention_alive, (4 if training else 3) * wide + 4.0 * layer / mesh.tensor)
+        "layer": (8.0 if training else 4.0) * here * llm.embed_dim
+        + (0.0 if keeps else 4.0 * here * heads * training)
+        + max(attention_alive, (4 if training else 3) * wide + (6.0 if training else 4.0) * layer / mesh.tensor)
         + (kv_bytes * (3 if training else 1) if strategy == "gather" else 0.0),
         "tower": 2.0 * tower
         + 8.0 * tower_trains
