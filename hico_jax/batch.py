@@ -25,19 +25,24 @@ class DropSchedule:
     """Video-level compression: after which decoder layers visual tokens leave, and how many stay.
 
     `layers[s]` layers have run when stage `s` drops (the reference's `llm_compress_layer_list`);
-    `ratios[s + 1]` of the row's visual tokens remain after it (`llm_image_token_ratio_list`).
+    `ratios[s + 1]` of the row's visual tokens remain after it (`llm_image_token_ratio_list`). An attention stage keeps
+    the best of the whole row; with `shares` above 1 the row is cut into so many equal parts and each keeps the best of
+    its own, as many as its share of the visual tokens.
 
     Raises:
-      ValueError: unknown kind, layers not increasing, ratios not one longer than layers or not falling.
+      ValueError: unknown kind, layers not increasing, ratios not one longer than layers or not falling, no share.
     """
 
     kind: str = "none"  # one of DROP_KINDS
     layers: tuple[int, ...] = ()
     ratios: tuple[float, ...] = (1.0,)  # ratios[0] is 1
+    shares: int = 1  # parts of a row that attention stages choose in; over n devices 1, or a multiple of 2 n
 
     def __post_init__(self) -> None:
         if self.kind not in DROP_KINDS:
             raise ValueError(f"drop.kind is {self.kind!r}; it must be one of {', '.join(DROP_KINDS)}")
+        if self.shares < 1:
+            raise ValueError(f"drop.shares is {self.shares}; it must be 1 (the best of the whole row) or more")
         if self.kind == "none":
             return
         if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 1:

@@ -19,6 +19,7 @@ from hico_jax.parallel import sharding
 from hico_jax.shapes import Array, Float, Int
 
 AVERAGES = ("tokens", "micro_batch", "example")
+_LOW = -1e30  # below every logit, yet finite
 
 
 class Loss(NamedTuple):
@@ -41,29 +42,21 @@ def next_token(
     """Cross-entropy of `targets` (already shifted), `chunk` tokens of every row at a time.
 
     Products are accumulated and reduced in float32, as the reference casts its logits. A slice takes every
-    n-th token rather than neighbours. Of a row that is split over devices, each takes slices of its own part against
-    the whole unembedding, and sums meet once at the end.
+    n-th token rather than neighbours. On several devices a slice is of the vocabulary instead (`_in_columns`), with as
+    many logits.
     """
-    if sharding.ring() > 1:
-        row = ("batch", "length")
-        over = sharding.split_over(targets.shape[0], "batch") + sharding.split_over(targets.shape[1], "length")
-
-        def part(*args: jax.Array) -> Loss:
-            return Loss(*jax.lax.psum(tuple(_next_token(*args, chunk)), over))
-
-        return sharding.local(part, hidden, unembed, targets, weights, axes=(row, (), row, row), out=())
     return _next_token(hidden, unembed, targets, weights, chunk)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _next_token(hidden: Array, unembed: Array, targets: Array, weights: Array, chunk: int) -> Loss:
-    return _in_slices(hidden, unembed, targets, weights, chunk, (False, False))[0]
+    return _sums(hidden, unembed, targets, weights, chunk, (False, False))[0]
 
 
 def _next_token_fwd(hidden: Any, unembed: Any, targets: Any, weights: Any, chunk: int) -> tuple[Loss, tuple]:
     """With the gradients of the total: they are taken while a slice's logits are there, which are never made again."""
     given = (hidden.value, unembed.value, targets.value, weights.value)
-    loss, grads = _in_slices(*given, chunk, (hidden.perturbed, unembed.perturbed))
+    loss, grads = _sums(*given, chunk, (hidden.perturbed, unembed.perturbed))
     return loss, grads
 
 
@@ -76,6 +69,13 @@ def _next_token_bwd(chunk: int, grads: tuple, d_loss: Loss) -> tuple[Array | Non
 
 
 _next_token.defvjp(_next_token_fwd, _next_token_bwd, symbolic_zeros=True)
+
+
+def _sums(
+    hidden: Array, unembed: Array, targets: Array, weights: Array, chunk: int, wanted: tuple[bool, bool]
+) -> tuple[Loss, tuple[Array | None, Array | None]]:
+    way = _in_columns if sharding.count() > 1 else _in_slices
+    return way(hidden, unembed, targets, weights, chunk, wanted)
 
 
 def _in_slices(
@@ -110,6 +110,108 @@ def _in_slices(
     return loss, (d_hidden, None if d_unembed is None else d_unembed.astype(unembed.dtype))
 
 
+MOST_COLUMNS = 16_384  # of the unembedding, whole on a device at a time
+
+
+def columns_at_once(count: int, share: float) -> int:
+    """About `share` of so many columns: blocks of equal size, of whole tiles.
+
+    Example:
+      >>> columns_at_once(152_064, 512 / 16_384), columns_at_once(64, 1.0)
+      (4864, 64)
+    """
+    blocks = -(-count // max(1, min(MOST_COLUMNS, int(count * share))))
+    return min(count, -(-count // blocks // 128) * 128)
+
+
+def _in_columns(
+    hidden: Array, unembed: Array, targets: Array, weights: Array, chunk: int, wanted: tuple[bool, bool]
+) -> tuple[Loss, tuple[Array | None, Array | None]]:
+    """`_in_slices` on several devices: each takes its own tokens against some columns of the vocabulary at a time.
+
+    The unembedding lies in parts on all devices, and so does its gradient: columns are gathered, their gradient is
+    scattered, and neither is ever whole (2 GiB each in float32 for 152,064 x 3,584). The price is that logits are made
+    twice, once for their sum and once for their gradient.
+    """
+    tokens_over = sharding.split_over(targets.shape[0], "batch") + sharding.split_over(targets.shape[1], "length")
+    embed_over = sharding.split_over(unembed.shape[0], "embed")
+    vocab_over = sharding.split_over(unembed.shape[1], "vocab")
+    sizes = sharding.sizes()
+    # Devices that share the columns but not the tokens would all count the same ones.
+    copies = math.prod(sizes[a] for a in embed_over if a not in tokens_over)
+    rest = tuple(a for a in tokens_over if a not in embed_over)
+
+    def mine(hidden: Array, unembed: Array, targets: Array, weights: Array) -> tuple[Any, ...]:
+        count = unembed.shape[1]
+        block = columns_at_once(count, chunk / targets.shape[1])
+        blocks = -(-count // block)
+        columns = jnp.pad(unembed.astype(hidden.dtype), ((0, 0), (0, blocks * block - count)))
+        first = jax.lax.axis_index(vocab_over) * count if vocab_over else 0
+
+        def logits_of(i: Array) -> tuple[Array, Array, Array]:
+            part = jax.lax.dynamic_slice_in_dim(columns, i * block, block, 1)
+            if embed_over:
+                part = jax.lax.all_gather(part, embed_over, axis=0, tiled=True)
+            logits = jnp.einsum("bld,dv->blv", hidden, part, preferred_element_type=jnp.float32)
+            number = i * block + jnp.arange(block, dtype=jnp.int32)
+            real = number < count
+            return part, jnp.where(real, logits, _LOW), real & (first + number == targets[..., None])
+
+        def look(carry: tuple[Array, Array, Array], i: Array) -> tuple[tuple[Array, Array, Array], None]:
+            top, total, target_logit = carry
+            _, logits, is_target = logits_of(i)
+            new_top = jnp.maximum(top, logits.max(-1))
+            total = total * jnp.exp(top - new_top) + jnp.exp(logits - new_top[..., None]).sum(-1)
+            return (new_top, total, target_logit + jnp.where(is_target, logits, 0.0).sum(-1)), None
+
+        zero = jnp.zeros(targets.shape, jnp.float32)
+        numbers = jnp.arange(blocks, dtype=jnp.int32)
+        (top, total, target_logit), _ = jax.lax.scan(look, (zero + _LOW, zero, zero), numbers)
+        if vocab_over:
+            highest = jax.lax.pmax(top, vocab_over)
+            total, target_logit = jax.lax.psum((total * jnp.exp(top - highest), target_logit), vocab_over)
+            top = highest
+        log_total = top + jnp.log(total)
+        loss = _loss_of(target_logit, top, log_total, weights)
+        loss = Loss(*jax.lax.psum(tuple(loss), tokens_over)) if tokens_over else loss
+        if not any(wanted):
+            return (loss,)
+        share = jnp.where(weights > 0, weights, 0.0)[..., None]
+
+        def pull(carry: tuple[Array | None, Array | None], i: Array) -> tuple[tuple[Array | None, Array | None], None]:
+            d_hidden, d_columns = carry
+            part, logits, is_target = logits_of(i)
+            d_logits = (jnp.exp(logits - log_total[..., None]) - is_target.astype(jnp.float32)) * share
+            d_logits = d_logits.astype(hidden.dtype)
+            if d_hidden is not None:
+                d_hidden += jnp.einsum("blv,dv->bld", d_logits, part, preferred_element_type=jnp.float32)
+            if d_columns is not None:
+                more = jnp.einsum("bld,blv->dv", hidden, d_logits, preferred_element_type=jnp.float32)
+                if embed_over:
+                    more = jax.lax.psum_scatter(more, embed_over, scatter_dimension=0, tiled=True) / copies
+                d_columns = jax.lax.dynamic_update_slice_in_dim(d_columns, more, i * block, 1)
+            return (d_hidden, d_columns), None
+
+        start = (
+            jnp.zeros(hidden.shape, jnp.float32) if wanted[0] else None,
+            jnp.zeros(columns.shape, jnp.float32) if wanted[1] else None,
+        )
+        (d_hidden, d_columns), _ = jax.lax.scan(pull, start, numbers)
+        out: tuple[Any, ...] = (loss,)
+        if d_hidden is not None:
+            d_hidden = jax.lax.psum(d_hidden, vocab_over) if vocab_over else d_hidden
+            out += (d_hidden.astype(hidden.dtype),)
+        if d_columns is not None:
+            d_columns = d_columns[:, :count]
+            out += ((jax.lax.psum(d_columns, rest) if rest else d_columns).astype(unembed.dtype),)
+        return out
+
+    row, table = ("batch", "length"), ("embed", "vocab")
+    outs = ((), *(axes for axes, want in zip((row, table), wanted, strict=True) if want))
+    loss, *grads = sharding.local(mine, hidden, unembed, targets, weights, axes=(row, table, row, row), outs=outs)
+    return loss, (grads.pop(0) if wanted[0] else None, grads.pop(0) if wanted[1] else None)
+
+
 def _chunk_loss(
     hidden: Float[Array, "B C D"],
     unembed: Float[Array, "D V"],
@@ -123,17 +225,21 @@ def _chunk_loss(
     target_logit = jnp.where(is_target, logits, 0.0).sum(-1)
     top = logits.max(-1)
     log_total = top + jnp.log(jnp.exp(logits - top[..., None]).sum(-1))
+    share = jnp.where(weights > 0, weights, 0.0)[..., None]
+    d_logits = (jnp.exp(logits - log_total[..., None]) - is_target.astype(jnp.float32)) * share
+    return _loss_of(target_logit, top, log_total, weights), d_logits.astype(hidden.dtype)
+
+
+def _loss_of(target_logit: Array, top: Array, log_total: Array, weights: Array) -> Loss:
+    """The sums, of each token's target logit, highest logit and log-sum-exp."""
     supervised = weights > 0
     hit = supervised & (target_logit >= top)
-    loss = Loss(
+    return Loss(
         total=jnp.where(supervised, (log_total - target_logit) * weights, 0.0).sum(),
         weight=weights.sum(),
         correct=hit.sum(dtype=jnp.float32),
         supervised=supervised.sum(dtype=jnp.float32),
     )
-    share = jnp.where(supervised, weights, 0.0)[..., None]
-    d_logits = (jnp.exp(logits - log_total[..., None]) - is_target.astype(jnp.float32)) * share
-    return loss, d_logits.astype(hidden.dtype)
 
 
 def balance(weights: Float[Array, "B L"], segments: Int[Array, "B L"], average: str) -> Float[Array, "B L"]:

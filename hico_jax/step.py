@@ -99,20 +99,12 @@ class Stepper:
             step, donate_argnums=0, out_shardings=(jax.tree.map(lambda a: a.sharding, start.state), None)
         )
         self._compiled: dict[Any, Any] = {}
-        self._mesh, self._say, self._rows = mesh, say, experiment.data.batch_size
+        self._mesh, self._say = mesh, say
         self.compile_s = 0.0  # of the last call; 0 when nothing was compiled
 
     def put(self, batch: Batch) -> Batch:
         """This process's rows as part of the global batch, on the devices."""
-        batch = zigzag.deal(batch, self._mesh.shape[sharding.SEQUENCE])
-        rows = batch.shape[0] if jax.process_count() == 1 else self._rows
-        whole = jax.tree.map(lambda a: jax.ShapeDtypeStruct((rows, *a.shape[1:]), a.dtype), batch)
-        places = sharding.batch_shardings(whole, self._mesh)
-
-        def place(a: Any, at: Any, of: Any) -> jax.Array:
-            return jax.make_array_from_process_local_data(at, np.asarray(a), of.shape)
-
-        return jax.tree.map(place, batch, places, whole)
+        return sharding.put(zigzag.deal(batch, self._mesh.shape[sharding.SEQUENCE]), self._mesh)
 
     def compiled(self, state: TrainState, batch: Batch) -> Any:
         """The program for a batch of this shape; arrays may be abstract."""

@@ -285,8 +285,8 @@ _HELD: list[Any] = []  # loaders that must not be collected before the program e
 
 
 def _train(experiment: Experiment, *, compile_only: bool = False) -> int:
-    share, shares = sharding.share_of_rows(make_mesh(experiment.mesh), experiment.data.batch_size)
-    loader = make_loader(experiment.data, experiment.model.geometry(), process_index=share, process_count=shares)
+    index, count = sharding.rows_of(make_mesh(experiment.mesh))
+    loader = make_loader(experiment.data, experiment.model.geometry(), process_index=index, process_count=count)
     tokenizer = loader.plan.tokenizer
     if tokenizer.vocab_size > experiment.model.llm.vocab_size:
         raise ValueError(

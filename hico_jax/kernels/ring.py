@@ -31,6 +31,7 @@ from hico_jax.shapes import Array, Float, Int
 
 STRATEGIES = ("ring", "gather", "usp")
 MOST_EXCHANGED = 4  # devices that exchange heads under `usp`
+MOST_SUMS, SLICE_STEP = 1 << 30, 128  # bytes of a slice's float32 sums, about, and what its length is a multiple of
 _LOW = -1e30
 
 
@@ -83,6 +84,10 @@ class _Plan(NamedTuple):
     def stations(self) -> int:
         return self.size // self.exchanged
 
+    def me(self) -> Array:
+        """The station of this device; 0 of one, where no axis need exist."""
+        return jax.lax.axis_index(self.axis) // self.exchanged if self.size > 1 else jnp.zeros((), jnp.int32)
+
 
 class _Side(NamedTuple):
     """Keys and values of one device, and their segments: what travels."""
@@ -105,6 +110,8 @@ def attention(
     backend: Backend = BLOCKWISE,
 ) -> Float[Array, "B L H d"]:
     """This device's part of `softmax(q k / sqrt(d)) v`; L is the local length. A padding query gives zeros.
+
+    Of one device it is the backend's kernel, and needs no mesh.
 
     Raises:
       ValueError: an unknown strategy, an odd local length, or (`usp`) heads that cannot be exchanged.
@@ -185,32 +192,93 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 def _forward(
     plan: _Plan, q: Array, k: Array, v: Array, positions: Array, segments: Array
 ) -> tuple[Float[Array, "B L H d"], Float[Array, "B L H"]]:
-    me = jax.lax.axis_index(plan.axis) // plan.exchanged
+    me = plan.me()
     mine = _Side(k, v, segments)
+    gathers = plan.gathers and plan.stations > 1
+    sides = jax.tree.map(lambda a: jax.lax.all_gather(a, plan.axis), mine) if gathers else None
 
-    def own() -> tuple[Array, Array]:
-        out, lse = plan.backend.forward(q, k, v, segments, segments, positions)
-        return out.astype(jnp.float32), jnp.maximum(lse, _LOW)
+    def of_slice(q: Array, q_segments: Array, own: Callable[[], tuple[Array, Array]]) -> tuple[Array, Array]:
+        def other(sums: tuple[Array, Array], side: _Side, source: Array) -> tuple[Array, Array]:
+            pair = _pair(q, q_segments, side, source < me)
+            return _merge(sums, *_floating(plan.backend.forward(*pair, None)), source < me)
 
-    def other(sums: tuple[Array, Array], side: _Side, source: Array) -> tuple[Array, Array]:
-        pair = _pair(q, segments, side, source < me)
-        out, lse = plan.backend.forward(*pair, None)
-        return _merge(sums, out.astype(jnp.float32), jnp.maximum(lse, _LOW), source < me)
+        sums = _travel(plan, me, mine, own, other, sides)
+        real = q_segments != 0
+        out = jnp.where(real[..., None, None], sums[0], 0.0).astype(q.dtype)
+        return out, jnp.where(real[..., None], sums[1], -_LOW)  # exp(score - this) is 0 in any kernel
 
-    sums = _travel(plan, me, mine, own, other)
-    real = segments != 0
-    out = jnp.where(real[..., None, None], sums[0], 0.0).astype(q.dtype)
-    return out, jnp.where(real[..., None], sums[1], -_LOW)  # exp(score - this) is 0 in any kernel
+    count = slices_of(q)
+    if count == 1:
+        return of_slice(q, segments, lambda: _floating(plan.backend.forward(q, k, v, segments, segments, positions)))
+    found: list[tuple[Array, Array]] = []
+    for number in range(count):
+        part = [_slice(a, number, count) for a in (q, segments, positions)]
+        if found:  # one slice after the other: the point is that only one exists
+            part[0], _ = jax.lax.optimization_barrier((part[0], found[-1]))
+        found.append(of_slice(part[0], part[1], functools.partial(_own_slice, plan, number, mine, *part)))
+    out, lse = (_unslice([f[i] for f in found]) for i in range(2))
+    return out, lse
+
+
+def slices_of(q: Float[Array, "B L H d"]) -> int:
+    """In how many slices the queries of a device run forward: the sums of one are float32, and some exist at once."""
+    half = q.shape[1] // 2
+    least = max(1, 4 * q.size // MOST_SUMS)
+    fitting = (n for n in range(least, half // SLICE_STEP + 1) if half % (n * SLICE_STEP) == 0)
+    return next(fitting, 1)
+
+
+def _slice(x: Array, number: int, count: int) -> Array:
+    """The same slice of both chunks."""
+    parts = x.reshape(x.shape[0], 2, count, -1, *x.shape[2:])[:, :, number]
+    return parts.reshape(x.shape[0], -1, *x.shape[2:])
+
+
+def _unslice(parts: list[Array]) -> Array:
+    """The inverse of `_slice`, of all slices."""
+    halves = [x.reshape(x.shape[0], 2, -1, *x.shape[2:]) for x in parts]
+    return jnp.concatenate(halves, 2).reshape(parts[0].shape[0], -1, *parts[0].shape[2:])
+
+
+def _floating(found: tuple[Array, Array]) -> tuple[Array, Array]:
+    return found[0].astype(jnp.float32), jnp.maximum(found[1], _LOW)
+
+
+def _own_slice(
+    plan: _Plan, number: int, mine: _Side, q: Array, q_segments: Array, positions: Array
+) -> tuple[Array, Array]:
+    """A slice's queries against the device's own keys: causal squares, and whole keys that come before."""
+    size = q.shape[1] // 2
+
+    def against(half: int, keys: int, start: int, stop: int, square: bool) -> tuple[Array, Array]:
+        rows = slice(half * size, (half + 1) * size)
+        first = keys * mine.k.shape[1] // 2
+        k, v, segments = (a[:, first + start : first + stop] for a in mine)
+        where = positions[:, rows] if square else None
+        return _floating(plan.backend.forward(q[:, rows], k, v, q_segments[:, rows], segments, where))
+
+    def of_half(half: int) -> tuple[Array, Array]:
+        sums = against(half, half, number * size, (number + 1) * size, True)
+        if half:
+            sums = _add(sums, against(half, 0, 0, mine.k.shape[1] // 2, False))
+        return _add(sums, against(half, half, 0, number * size, False)) if number else sums
+
+    early, late = of_half(0), of_half(1)
+    return jnp.concatenate([early[0], late[0]], 1), jnp.concatenate([early[1], late[1]], 1)
 
 
 def _travel(
-    plan: _Plan, me: Array, mine: _Side, own: Callable[[], Any], other: Callable[[Any, _Side, Array], Any]
+    plan: _Plan,
+    me: Array,
+    mine: _Side,
+    own: Callable[[], Any],
+    other: Callable[[Any, _Side, Array], Any],
+    sides: _Side | None,
 ) -> Any:
-    """`own()` on the device's keys, then fold `other` over the keys of every other station."""
+    """`own()` on the device's keys, then fold `other` over the keys of every other station (`sides`, if gathered)."""
     if plan.stations == 1:
         return own()
-    if plan.gathers:
-        sides = jax.tree.map(lambda a: jax.lax.all_gather(a, plan.axis), mine)
+    if sides is not None:
 
         def near(sums: Any, step: Array) -> tuple[Any, None]:
             source = (me - step) % plan.stations
@@ -288,7 +356,7 @@ def _add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
 
 def _backward(plan: _Plan, saved: tuple[Array, ...], d_out: Array) -> tuple[Array, Array, Array]:
     q, k, v, positions, segments, out, lse = saved
-    me = jax.lax.axis_index(plan.axis) // plan.exchanged
+    me = plan.me()
     d_out = jnp.where((segments != 0)[..., None, None], d_out, jnp.zeros((), d_out.dtype))
     mine = _Side(k, v, segments)
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hico_jax.kernels import backends, blockwise, cudnn, decode, ring
+from hico_jax.kernels import backends, blockwise, cudnn, decode, ring, splash
 from hico_jax.parallel import context, sharding
 from hico_jax.shapes import Array, Bool, Float, Int
 
@@ -37,7 +37,7 @@ def attend(
     Args:
       plain: the caller knows that every row is one segment of rising positions, then padding.
     """
-    if causal and q_segments is not None and q_segments is k_segments and sharding.ring() > 1:
+    if causal and q_segments is not None and q_segments is k_segments and (sharding.ring() > 1 or _tiled(q)):
         assert q_positions is not None
         assert q_positions is k_positions
         return _attend_over_devices(q, k, v, q_positions, q_segments)
@@ -87,9 +87,16 @@ def _attend_over_devices(q: Array, k: Array, v: Array, positions: Array, segment
         ring.attention, axis=sharding.SEQUENCE, size=count, strategy=context.strategy(gathered_bytes),
         backend=backends.pick(q.dtype, q.shape[3], length // count, sharding.platform()),
     )  # fmt: skip
+    if not sharding.sizes():
+        return run(q, k, v, positions, segments)
     row = ("batch", "length")
     axes = ((*row, "heads"), (*row, "kv_heads"), (*row, "kv_heads"), row, row)
     return sharding.local(run, q, k, v, positions, segments, axes=axes, out=(*row, "heads"))
+
+
+def _tiled(q: Array) -> bool:
+    """Whether whole rows have a TPU's kernels too: of queries in their order, as a ring of one device."""
+    return sharding.platform() == "tpu" and backends.pick(q.dtype, q.shape[3], q.shape[1], "tpu") is splash.BACKEND
 
 
 def _default(given: Array | None, value: Array, shape: tuple[int, int]) -> Array:

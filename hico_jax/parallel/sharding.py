@@ -12,8 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from hico_jax.shapes import Int
 
 SEQUENCE = "sequence"  # the mesh axis over which one row is split
 ROW = ("sequence", "tensor")  # the mesh axes over which a row's clips are shared out
@@ -66,6 +69,11 @@ def sizes() -> dict[str, int]:
     return {} if mesh.empty else {name: mesh.shape[name] for name in mesh.auto_axes}
 
 
+def count() -> int:
+    """How many devices the compiler lays out; 1 without a mesh, and inside `local`."""
+    return math.prod(sizes().values())
+
+
 def ring() -> int:
     """Over how many devices one row is split."""
     return sizes().get(SEQUENCE, 1)
@@ -81,7 +89,7 @@ def platform() -> str:
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     """Ask the compiler to lay `x` out by `axes`. Does nothing when no mesh is in context."""
     found = sizes()
-    if math.prod(found.values()) == 1:
+    if count() == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, found))
 
@@ -93,12 +101,16 @@ def split_over(dim: int, axis: str) -> tuple[str, ...]:
 
 
 def local(
-    f: Callable[..., Any], *args: Any, axes: tuple[tuple[str | None, ...], ...], out: tuple[str | None, ...]
+    f: Callable[..., Any],
+    *args: Any,
+    axes: tuple[tuple[str | None, ...], ...],
+    out: tuple[str | None, ...] = (),
+    outs: tuple[tuple[str | None, ...], ...] | None = None,
 ) -> Any:
     """`f` on every device's own part of the arguments; inside, mesh axes are there for collectives.
 
     `axes[i]` names the first dims of every array in `args[i]`; what has no name is whole on every device. All results
-    carry `out`. An axis must be split the same way in all arguments.
+    carry `out`, or each of a tuple its own of `outs`. An axis must be split the same way in all arguments.
     """
     parts: dict[str | None, tuple[str, ...]] = {None: ()}
     for arg, names in zip(args, axes, strict=True):
@@ -115,7 +127,8 @@ def local(
         jax.tree.map(lambda leaf, names=names: of(names[: leaf.ndim]), arg)
         for arg, names in zip(args, axes, strict=True)
     )
-    return jax.shard_map(f, in_specs=in_specs, out_specs=of(out), check_vma=False)(*args)
+    out_specs = of(out) if outs is None else tuple(of(names) for names in outs)
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
 
 
 def gathered(module: Any, dtype: Any) -> Any:
@@ -124,7 +137,7 @@ def gathered(module: Any, dtype: Any) -> Any:
     Said explicitly, so that the compiler never moves activations to weights; gradients go back to where weights live.
     """
     found = sizes()
-    if math.prod(found.values()) == 1:
+    if count() == 1:
         return module
     leaves, structure = jax.tree.flatten(module)
     variables = jax.tree.leaves(module, is_leaf=lambda x: isinstance(x, nnx.Variable))
@@ -173,37 +186,73 @@ def shardings(variables: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, variables, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def share_of_rows(mesh: Mesh, rows: int) -> tuple[int, int]:
-    """(which, of how many): the share of a batch's rows that this process reads.
+def rows_of(mesh: Mesh) -> tuple[int, int]:
+    """Which share of every batch this process brings: its number, and how many shares there are.
 
-    Processes whose devices hold the same rows read the same share.
+    Processes whose devices hold parts of the same rows bring the same rows: one share for all of them. 16 hosts of 4
+    chips with `sequence=64` are all (0, 1); with `fsdp=64` host 3 is (3, 16).
+    """
+    shares, mine = _mine(mesh)
+    return shares.index(mine), len(shares)
+
+
+def _mine(mesh: Mesh) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
+    parts = math.prod(mesh.shape[name] for name in mesh.axis_names if name in RULES["batch"])  # these axes are first
+    owners = np.array([device.process_index for device in mesh.devices.flat]).reshape(parts, -1)
+    shares = row_shares(owners)
+    return shares, next(s for s in shares if (owners[s[0]] == jax.process_index()).any())
+
+
+def row_shares(owners: Int[np.ndarray, "P d"]) -> list[tuple[int, ...]]:
+    """Parts of a batch that go together to some process. `owners` are the processes of each part's devices.
 
     Raises:
-      ValueError: the rows do not divide so that every process holds whole shares.
-    """
-    places = NamedSharding(mesh, spec((rows,), ("batch",), dict(mesh.shape)))
-    held: dict[int, set[tuple[int, int]]] = {}
-    for device, (cut,) in places.devices_indices_map((rows,)).items():
-        first, last, _ = cut.indices(rows)
-        held.setdefault(device.process_index, set()).add((first, last))
-    return share_of({process: tuple(sorted(cuts)) for process, cuts in held.items()}, jax.process_index(), rows)
-
-
-def share_of(held: dict[int, tuple[tuple[int, int], ...]], process: int, rows: int) -> tuple[int, int]:
-    """`share_of_rows`, from the (first, last + 1) of all rows that each process's devices hold.
+      ValueError: processes hold rows that overlap in part.
 
     Example:
-      >>> share_of({0: ((0, 4),), 1: ((4, 8),), 2: ((0, 4),), 3: ((4, 8),)}, 3, 8)
-      (1, 2)
+      >>> row_shares(np.array([[0, 0], [0, 0], [1, 1], [1, 1]])), row_shares(np.array([[0, 1], [0, 1]]))
+      ([(0, 1), (2, 3)], [(0, 1)])
     """
-    shares = sorted(set(held.values()))
-    sizes = [sum(last - first for first, last in cuts) for cuts in shares]
-    if len(set(sizes)) > 1 or sum(sizes) != rows:
+    shares = sorted({tuple(np.flatnonzero((owners == p).any(1)).tolist()) for p in np.unique(owners)})
+    if sum(map(len, shares)) != len(owners) or len({len(s) for s in shares}) != 1:
         raise ValueError(
-            f"{rows} rows do not divide over the mesh so that {len(held)} processes read a share each; make "
-            "data.batch_size a multiple of the devices that rows are split over (mesh.data times mesh.fsdp)"
+            "the mesh gives processes rows that overlap in part; let data x fsdp, or sequence x tensor, be a multiple "
+            "of the devices of a process"
         )
-    return shares.index(held[process]), len(shares)
+    return shares
+
+
+def put(batch: Any, mesh: Mesh) -> Any:
+    """This process's rows (`rows_of`) as part of the global batch, on the devices.
+
+    Raises:
+      ValueError: rows that do not divide over the mesh.
+    """
+    shares, mine = _mine(mesh)
+    count, parts = len(shares), len(shares) * len(mine)
+
+    def one(a: Any) -> jax.ShapeDtypeStruct:
+        if count > 1 and a.shape[0] * count % parts:
+            raise ValueError(
+                f"{a.shape[0] * count} rows cannot be split over slice x data x fsdp = {parts} of the mesh; make "
+                f"data.batch_size a multiple of {parts}, or raise mesh.sequence so that devices share rows"
+            )
+        return jax.ShapeDtypeStruct((a.shape[0] * count, *a.shape[1:]), a.dtype)
+
+    def placed(a: Any, like: Any, place: NamedSharding) -> jax.Array:
+        local, each = np.asarray(a), like.shape[0] // parts
+
+        def part(where: Any) -> np.ndarray:
+            if count == 1:
+                return local[where]
+            number = where[0].indices(like.shape[0])[0] // each  # a device's rows are those of one part
+            at = mine.index(number) * each
+            return local[(slice(at, at + each), *where[1:])]
+
+        return jax.make_array_from_callback(like.shape, place, part)
+
+    whole = jax.tree.map(one, batch)
+    return jax.tree.map(placed, batch, whole, batch_shardings(whole, mesh))
 
 
 def batch_shardings(batch: Any, mesh: Mesh) -> Any:

@@ -6,12 +6,13 @@ Nothing is computed and no array exists; `libtpu` is the whole TPU compiler and 
 
 from __future__ import annotations
 
-import collections
+import atexit
 import dataclasses
 import functools
-import math
 import os
-import re
+import pathlib
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,22 +27,57 @@ from hico_jax import generate, optim, start, step
 from hico_jax.batch import Batch
 from hico_jax.config import Experiment
 from hico_jax.parallel import context, sharding
-
-COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+from hico_jax.plan import program
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of one device. Collectives inside a loop are counted once."""
+    """What the compiler says of one device."""
 
     peak_bytes: int
     argument_bytes: int  # parameters, optimizer, batch
     temporary_bytes: int  # activations, gathered weights, buffers
     host_bytes: int
     compile_s: float
-    collectives: Mapping[str, tuple[int, int]]  # kind -> how many, bytes of their results
+    collectives: Mapping[str, tuple[int, int]]  # kind -> how many run, bytes that a device receives
     text: str = ""  # the program, where it can be had
+
+
+def record(found: Compiled) -> dict[str, Any]:
+    """The figures as plain numbers."""
+    return {
+        "peak_gib": round(found.peak_bytes / 2**30, 2), "argument_gib": round(found.argument_bytes / 2**30, 2),
+        "temporary_gib": round(found.temporary_bytes / 2**30, 2), "host_gib": round(found.host_bytes / 2**30, 2),
+        "compile_s": round(found.compile_s, 1), "collectives": {k: list(v) for k, v in found.collectives.items()},
+    }  # fmt: skip
+
+
+_dumps: list[pathlib.Path] = []  # where this process's TPU compiler writes its programs, once it is asked for
+
+
+def _ask_for_programs() -> None:
+    """Some pairs of jaxlib and libtpu cannot print what they compiled; the compiler can, if told before it loads."""
+    if _dumps or "xla_jf_dump_to" in os.environ.get("LIBTPU_INIT_ARGS", ""):
+        return
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="hico_plan_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    flags = ("to_filter=TLP", "hlo_text=true", "llo_text=false", f"to={folder}")
+    words = [os.environ.get("LIBTPU_INIT_ARGS", ""), *(f"--xla_jf_dump_{flag}" for flag in flags)]
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join(words).strip()
+    _dumps.append(folder)
+
+
+def _program(compiled: Any) -> str:
+    """The text of a program, from the compiler's own files where it cannot be had otherwise; else empty."""
+    try:
+        return compiled.as_text()
+    except Exception:  # not one type over versions, and a plan is worth having without it
+        files = sorted(file for folder in _dumps for file in folder.glob("*TLP-hlo.txt"))
+    text = files[-1].read_text() if files else ""
+    for folder in _dumps:
+        for file in folder.iterdir():
+            file.unlink(missing_ok=True)
+    return text
 
 
 def devices_of(topology: str) -> Sequence[Any]:
@@ -51,11 +87,17 @@ def devices_of(topology: str) -> Sequence[Any]:
       ValueError: no TPU compiler is installed, or it does not know the name.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or it looks for a TPU's metadata for a minute
+    _ask_for_programs()
     from jax.experimental import topologies
 
     try:
         return topologies.get_topology_desc(topology, platform="tpu").devices
     except Exception as error:  # the compiler's own words are many lines of C++
+        if "lockfile" in str(error):
+            raise ValueError(
+                "another process holds the TPU compiler, or one that died left its lock; wait for it, delete "
+                "/tmp/libtpu_lockfile, or set ALLOW_MULTIPLE_LIBTPU_LOAD=1 to compile beside it"
+            ) from None
         if "libtpu" in str(error).lower() and "not found" in str(error).lower():
             raise ValueError("no TPU compiler is installed; pip install -e '.[tpu-compile]'") from None
         raise ValueError(
@@ -123,30 +165,13 @@ def _compile(jitted: Any, args: tuple[Any, ...], keep_text: bool) -> Compiled:
     began = time.monotonic()
     compiled = lowered.compile()
     seconds = time.monotonic() - began
-    memory = compiled.memory_analysis()
-    try:
-        text = compiled.as_text()
-    except Exception:  # some pairs of jaxlib and libtpu cannot print what they compiled
-        text = ""
+    memory, text = compiled.memory_analysis(), _program(compiled)
     return Compiled(
         peak_bytes=int(memory.peak_memory_in_bytes), argument_bytes=int(memory.argument_size_in_bytes),
         temporary_bytes=int(memory.temp_size_in_bytes),
         host_bytes=int(memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes),
-        compile_s=seconds, collectives=count(text), text=text if keep_text else "",
+        compile_s=seconds, collectives=program.by_kind(program.collectives_of(text)), text=text if keep_text else "",
     )  # fmt: skip
-
-
-def count(text: str) -> dict[str, tuple[int, int]]:
-    """Collectives of a compiled program by kind: how many, and the bytes of their results."""
-    numbers: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0])
-    for result, kind in re.findall(rf"= (\([^=]*?\)|\S+) ({'|'.join(COLLECTIVES)})(?:-start)?\(", text):
-        shapes = [
-            _BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n)
-            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", result)
-        ]
-        numbers[kind][0] += 1
-        numbers[kind][1] += max(shapes, default=0)
-    return {kind: (n, size) for kind, (n, size) in sorted(numbers.items())}
 
 
 def gib(size: float) -> str:

@@ -8,6 +8,7 @@ FLOPs count causal attention at half and what is computed again separately, as t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +18,8 @@ from flax import nnx
 
 from hico_jax import optim
 from hico_jax.config import Experiment
-from hico_jax.parallel import context
+from hico_jax.models.llm import decoder
+from hico_jax.parallel import context, spread
 from hico_jax.parallel.mesh import MeshConfig
 from hico_jax.plan.chips import Topology
 
@@ -79,6 +81,26 @@ def choose_mesh(shape: Shape, topology: Topology) -> MeshConfig:
     return MeshConfig(data=1, fsdp=split, sequence=each // split, tensor=1, slices=topology.slices)
 
 
+def recommend(experiment: Experiment, topology: Topology, shape: Shape) -> tuple[Experiment, MeshConfig]:
+    """The mesh and micro-batches that fit with the fewest devices a row; of none that fits, the one that needs least.
+
+    Each device, or group of devices that shares a row, has one row at a time; the rest is accumulated.
+    """
+    each, found = topology.count // topology.slices, []
+    for sequence in (2**i for i in range(each.bit_length()) if each % 2**i == 0):
+        share = each // sequence * topology.slices
+        if shape.rows % share:
+            continue
+        mesh = MeshConfig(1, each // sequence, sequence, 1, slices=topology.slices, context=experiment.mesh.context)
+        optim = dataclasses.replace(experiment.optim, accumulate=shape.rows // share)
+        fitted = dataclasses.replace(experiment, optim=optim, mesh=mesh)
+        peak = forecast(fitted, topology, mesh, shape).peak
+        if peak <= topology.chip.memory * USABLE:
+            return fitted, mesh
+        found.append((peak, sequence, fitted, mesh))
+    return min(found, key=lambda f: f[:2])[2:]
+
+
 def resolved(mesh: MeshConfig, topology: Topology) -> MeshConfig:
     """The mesh with its -1 worked out.
 
@@ -100,8 +122,13 @@ def resolved(mesh: MeshConfig, topology: Topology) -> MeshConfig:
 
 def sizes_of(experiment: Experiment) -> dict[str, tuple[int, int]]:
     """(parameters that train, frozen parameters) of vision, projector and llm."""
-    model = nnx.eval_shape(lambda: experiment.model.build(rngs=nnx.Rngs(params=0)))
-    parts = optim.split(model, experiment.optim.rates)
+    return _sizes_of(experiment.model, experiment.optim.rates)
+
+
+@functools.cache
+def _sizes_of(config: Any, rates: optim.Table) -> dict[str, tuple[int, int]]:
+    model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(params=0)))
+    parts = optim.split(model, rates)
     found: dict[str, list[int]] = {name: [0, 0] for name in ("vision", "projector", "llm")}
     for i, half in enumerate((parts.trainable, parts.frozen)):
         for path, leaf in jax.tree_util.tree_leaves_with_path(half):
@@ -117,9 +144,8 @@ def forecast(
     sizes = sizes_of(experiment)
     count = topology.count
     shards = mesh.fsdp * mesh.sequence * mesh.tensor
-    rows_here = max(
-        1.0, shape.rows / (mesh.slices * mesh.data * mesh.fsdp) / (experiment.optim.accumulate if training else 1)
-    )
+    parts = experiment.optim.accumulate if training else 1
+    rows_here = max(1.0, shape.rows / (mesh.slices * mesh.data * mesh.fsdp) / parts)
     here = rows_here * shape.tokens / mesh.sequence  # tokens of a device
     heads = llm.num_heads * llm.head_dim
     trains, frozen = sum(t for t, _ in sizes.values()), sum(f for _, f in sizes.values())
@@ -138,29 +164,34 @@ def forecast(
     keeps = getattr(llm, "remat_keeps", "attention") == "attention"
     width = llm.embed_dim + (heads if keeps else 0)
     unembed = llm.vocab_size * llm.embed_dim / mesh.tensor
-    logits = 2 * 4.0 * min(experiment.train.loss_chunk, here) * rows_here * llm.vocab_size
     pixels = clips_here * vision.frames_per_clip * 3.0 * vision.image_px**2
-    group = min(clips_here, max(1, 25_088 // patches))
-    tower = sum(sizes["vision"]) * 4.0
+    tower, tower_trains = sum(sizes["vision"]), sizes["vision"][0] * training
+    group = spread.group_size(max(1, clips_here), patches)
+    most = decoder.FRUGAL_SLICE if not training else decoder.MESH_SLICE if count > 1 else decoder.SLICE
+    wide = 2.0 * min(here, most * rows_here) * llm.mlp_dim / mesh.tensor  # one activation of an MLP
+    attention_alive = here * (18 if training else 12) * heads / mesh.tensor  # float32 queries, sums, their parts
     memory = {
-        "parameters": 4.0 * (trains + frozen) / shards,
-        "optimizer": (8.0 * trains / shards) if training else 0.0,
-        "pixels": pixels,
-        "layer inputs": 2.0 * here * width * llm.num_layers if training else 0.0,
-        "one layer": 2.0 * here * (6 * llm.embed_dim + 4 * heads)
-        + 2.0 * min(here, 65_536) * 3 * llm.mlp_dim / mesh.tensor
-        + 4.0 * layer,
-        "tower": tower + 2.0 * group * patches * vision.embed_dim * (vision.num_blocks + 12),
-        "gathered keys": kv_bytes * (3 if training else 1) if strategy == "gather" else 0.0,
-        "loss": logits + 8.0 * unembed if training else 0.0,
+        "parameters": (4.0 if training else 2.0) * (trains + frozen) / shards,
+        "optimizer": 8.0 * trains / shards * training,
+        # of the batch so far and of a part; and weights in the activations' type, cast before the loop over layers
+        "gradients": (4.0 * trains * (1 + (parts > 1)) + 2.0 * sum(sizes["llm"])) / shards * training,
+        "pixels": (1 + 1.2 / parts * training) * pixels,  # as given, and as the tower cuts them
+        "layer inputs": (2.0 * width + 4.0 * llm.num_heads * keeps) * here * llm.num_layers * training,
         "cache": 0.0 if training else kv_bytes * llm.num_layers / mesh.sequence,
     }
-    if not training:
-        memory["parameters"] = 2.0 * (trains + frozen) / shards
-    # The tower is done before the layers start, and the loss before the layers' gradients: only one of them lives.
-    transient = {name: memory.pop(name) for name in ("one layer", "tower", "loss", "gathered keys")}
-    alive = max(transient["one layer"] + transient["gathered keys"], transient["tower"], transient["loss"])
-    memory["largest of layer, tower, loss"] = alive
+    # The tower is done before the layers start, and the loss before the layers' gradients: one of them lives at a time.
+    alive = {
+        "layer": (8.0 if training else 4.0) * here * llm.embed_dim
+        + (0.0 if keeps else 4.0 * here * heads * training)
+        + max(attention_alive, (4 if training else 3) * wide + (6.0 if training else 4.0) * layer / mesh.tensor)
+        + (kv_bytes * (3 if training else 1) if strategy == "gather" else 0.0),
+        "tower": 2.0 * tower
+        + 8.0 * tower_trains
+        + 2.0 * group * patches * vision.embed_dim * ((2 * vision.num_blocks if tower_trains else 2) + 12)
+        - memory["layer inputs"],
+        "loss": 12.0 * min(experiment.train.loss_chunk, here) * rows_here * llm.vocab_size * training,
+    }
+    memory["largest of layer, tower, loss"] = max(0.0, *alive.values())
 
     times = 3.0 if training else 1.0
     tokens = float(shape.rows * shape.tokens)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,9 @@ OWN = {
     "compile": bool,
     "json": bool,
     "table": bool,
+    "only": str,
+    "again": bool,
+    "write": str,
 }
 
 
@@ -33,10 +37,7 @@ def main(argv: Sequence[str]) -> int:
     """
     own, rest = _flags(argv)
     if own.get("table"):
-        from hico_jax.plan import table
-
-        print(table.markdown())
-        return 0
+        return _table(own)
     if "topology" not in own:
         raise ValueError("no --topology is given; for example --topology=v5p:4x4x4, or --topology=h100:8")
     from hico_jax import config
@@ -45,11 +46,14 @@ def main(argv: Sequence[str]) -> int:
     topology = Topology.parse(own["topology"])
     experiment = config.from_flags(rest)
     shape = f.shape_of(experiment, own)
+    parts = 1 if own.get("prefill") else min(experiment.optim.accumulate, shape.rows)
+    experiment = dataclasses.replace(experiment, optim=dataclasses.replace(experiment.optim, accumulate=parts))
     given = any(a.startswith("--config.mesh.") and not a.startswith("--config.mesh.context") for a in rest)
+    micro = dataclasses.replace(shape, rows=max(1, shape.rows // parts))
     chosen = (
         experiment.mesh
         if given
-        else dataclasses.replace(f.choose_mesh(shape, topology), context=experiment.mesh.context)
+        else dataclasses.replace(f.choose_mesh(micro, topology), context=experiment.mesh.context)
     )
     mesh = f.resolved(chosen, topology)
     check_shape(experiment, mesh, shape)
@@ -60,6 +64,19 @@ def main(argv: Sequence[str]) -> int:
     print(json.dumps(report, indent=1) if own.get("json") else "\n".join(lines(report)))
     peak = report["compiled"]["peak_gib"] * 2**30 if own.get("compile") else None
     f.check_memory(found, topology, experiment, peak)
+    return 0
+
+
+def _table(own: dict[str, Any]) -> int:
+    """`--table [--compile [--only=PART] [--again]] [--write=PAGE]`: the tables of docs/scale.md."""
+    from hico_jax.plan import table
+
+    if own.get("compile"):
+        table.compile_all(only=own.get("only", ""), again=bool(own.get("again")))
+    if "write" in own:
+        table.write(pathlib.Path(own["write"]))
+    else:
+        print(table.markdown())
     return 0
 
 
@@ -98,6 +115,12 @@ def check_shape(experiment: Any, mesh: Any, shape: Any) -> None:
         raise ValueError(
             f"{llm.num_heads} heads and {llm.num_kv_heads} key/value heads cannot be split over "
             f"mesh.tensor={mesh.tensor}"
+        )
+    share, micro = mesh.slices * mesh.data * mesh.fsdp, shape.rows // experiment.optim.accumulate
+    if shape.rows % experiment.optim.accumulate or micro % share:
+        raise ValueError(
+            f"{shape.rows} rows in optim.accumulate={experiment.optim.accumulate} parts do not divide over slices x "
+            f"data x fsdp = {share}; use a multiple of {share} rows a part, or raise mesh.sequence: devices share rows"
         )
     block = 128
     if mesh.sequence > 1 and shape.tokens % (2 * mesh.sequence * block):
@@ -173,8 +196,4 @@ def _compiled(experiment: Any, topology: Topology, mesh: Any, shape: Any, prefil
     batch = {"rows": shape.rows, "tokens": shape.tokens, "clips": shape.clips}
     run = c.prefill if prefill else c.train_step
     found = run(experiment, make_mesh(mesh, devices), **batch)
-    return {
-        "peak_gib": round(found.peak_bytes / 2**30, 2), "argument_gib": round(found.argument_bytes / 2**30, 2),
-        "temporary_gib": round(found.temporary_bytes / 2**30, 2), "host_gib": round(found.host_bytes / 2**30, 2),
-        "compile_s": round(found.compile_s, 1), "collectives": dict(found.collectives),
-    }  # fmt: skip
+    return c.record(found)

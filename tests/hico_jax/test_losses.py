@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,22 +75,41 @@ def test_bfloat16_hidden_states_are_reduced_in_float32() -> None:
     np.testing.assert_allclose(low.total, high.total, rtol=1e-5)  # bfloat16 sums would be off by 1e-2
 
 
-def test_a_row_split_over_devices_gives_the_same_loss() -> None:
-    hidden, unembed, targets, weights = example(rows=2, length=16, dim=8, vocab=16)
-    mesh = make_mesh(MeshConfig(1, 2, 2, 2))
-    sizes = dict(mesh.shape)
+@pytest.mark.parametrize(
+    ("mesh", "rows"), [(MeshConfig(1, 2, 2, 2), 2), (MeshConfig(2, 1, 4, 1), 1), (MeshConfig(1, 8, 1, 1), 2)]
+)
+def test_a_loss_over_devices_is_the_same_and_no_one_holds_the_unembedding(mesh: MeshConfig, rows: int) -> None:
+    """Blocks of 128 of 600 columns: the last is partly padding. 8 devices, with tokens whole on some of them."""
+    hidden, unembed, targets, weights = example(rows=rows, length=16, dim=8, vocab=600)
+    placed = make_mesh(mesh)
+    sizes = dict(placed.shape)
 
     def put(x: jax.Array, *axes: str | None) -> jax.Array:
-        return jax.device_put(x, NamedSharding(mesh, sharding.spec(x.shape, axes, sizes)))
+        return jax.device_put(x, NamedSharding(placed, sharding.spec(x.shape, axes, sizes)))
 
-    with jax.set_mesh(mesh):
-        split = jax.jit(losses.next_token, static_argnames="chunk")(
+    def run(hidden: jax.Array, unembed: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple:
+        loss = losses.next_token(hidden, unembed, targets, weights, chunk=1)
+        return loss.total * 3, loss
+
+    graded = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)
+    (_, want), want_grads = graded(hidden, unembed, targets, weights)
+    with jax.set_mesh(placed):
+        args = (
             put(hidden, "batch", "length", None), put(unembed, "embed", "vocab"), put(targets, "batch", "length"),
-            put(weights, "batch", "length"), chunk=4,
+            put(weights, "batch", "length"),
         )  # fmt: skip
-    whole = losses.next_token(hidden, unembed, targets, weights, chunk=4)
-    np.testing.assert_allclose(split.total, whole.total, rtol=1e-6)
-    assert split.correct == whole.correct
+        compiled = jax.jit(graded).lower(*args).compile()
+        (_, found), grads = compiled(*args)
+        only = jax.jit(losses.next_token, static_argnames="chunk")(*args, chunk=1)
+    for loss in (found, only):
+        np.testing.assert_allclose(loss.total, want.total, rtol=1e-6)
+        assert (loss.weight, loss.correct, loss.supervised) == (want.weight, want.correct, want.supervised)
+    for f, w in zip(grads, want_grads, strict=True):
+        np.testing.assert_allclose(f, w, atol=1e-5)
+    text = compiled.as_text()
+    assert re.search(r"f32\[8,(128|256)\]", text)
+    assert "[8,600]" not in text
+    assert "[8,640]" not in text
 
 
 WEIGHTS = jnp.array([[0.0, 1, 1, 1, 0, 1], [0, 0, 0, 0, 1, 1]])

@@ -32,10 +32,10 @@ folder = pathlib.Path(sys.argv[1])
 # Fewer rows in a process than devices in all: each still gets rows of its own.
 for sizes, share in ((MeshConfig(1, 8, 1, 1), (jax.process_index(), 2)), (MeshConfig(1, 1, 8, 1), (0, 1))):
     mesh = make_mesh(sizes)
-    assert sharding.share_of_rows(mesh, 8) == share
+    assert sharding.rows_of(mesh) == share
     whole = Batch.fake(registry.model_config("tiny").geometry(), rows=8, seed=1)
     stepper = object.__new__(Stepper)
-    stepper._mesh, stepper._rows = mesh, 8
+    stepper._mesh = mesh
     with jax.set_mesh(mesh):
         placed = stepper.put(jax.tree.map(lambda a: a[share[0] :: share[1]], whole))
         totals = jax.jit(lambda b: (b.tokens.sum(), b.clips.astype(jnp.int32).sum()))(placed)

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from data_pipeline import layout
 from hico_jax import losses, registry
@@ -75,10 +81,13 @@ def step(config: HiCoConfig, batch: Batch, sizes: MeshConfig, strategy: str) -> 
 
     with jax.set_mesh(mesh), context.using(strategy):
         state = jax.device_put(state, sharding.shardings(state, mesh))
-        batch = zigzag.deal(batch, mesh.shape["sequence"])
-        batch = jax.device_put(batch, sharding.batch_shardings(batch, mesh))
-        loss, grads = jax.jit(jax.value_and_grad(loss_of))(state, batch)
-        return float(loss), jax.tree.map(np.asarray, grads)
+        number, shares = sharding.rows_of(mesh)
+        rows = len(batch.tokens) // shares
+        mine = jax.tree.map(lambda a: a[number * rows : (number + 1) * rows], batch)
+        mine = sharding.put(zigzag.deal(mine, mesh.shape["sequence"]), mesh)
+        loss, grads = jax.jit(jax.value_and_grad(loss_of))(state, mine)
+        whole = jax.jit(lambda g: g, out_shardings=NamedSharding(mesh, PartitionSpec()))(grads)
+        return float(loss), jax.tree.map(lambda a: np.asarray(a.addressable_data(0)), whole)
 
 
 def check(name: str, kind: str, meshes: list[tuple[MeshConfig, str]]) -> None:
@@ -111,3 +120,63 @@ def test_a_batch_that_is_not_dealt_is_refused() -> None:
         pytest.raises(ValueError, match=r"dealt to 1 devices but the mesh splits rows over 4; deal it with"),
     ):
         jax.eval_shape(lambda s, b: nnx.merge(graph, s)(b).x, state, batch)
+
+
+CHILD = """
+import sys
+import jax
+jax.config.update("jax_default_matmul_precision", "highest")
+from hico_jax.parallel import hosts
+hosts.join(300)
+from tests.hico_jax import test_scale
+test_scale.in_processes(*sys.argv[1:])
+"""
+OVER_PROCESSES = [
+    (MeshConfig(1, 2, 1, 2), "auto"), (MeshConfig(1, 1, 4, 1), "ring"), (MeshConfig(1, 2, 2, 1), "usp"),
+    (MeshConfig(2, 1, 2, 1), "gather"),
+]  # fmt: skip
+
+
+def in_processes(name: str, kind: str, file: str) -> None:
+    """Of one of several processes: loss and gradients on every mesh over all of them, into a file."""
+    config, batch = problem(name, kind)
+    found = {}
+    for number, (sizes, strategy) in enumerate(OVER_PROCESSES):
+        loss, grads = step(config, batch, sizes, strategy)
+        found |= {f"{number} loss": np.float64(loss)}
+        found |= {f"{number} {i}": g for i, g in enumerate(jax.tree.leaves(grads))}
+    if jax.process_index() == 0:
+        np.savez(file, **found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("name", "kind", "processes"), [("nano", "both", 2), ("nano", "both", 4)])
+def test_processes_give_loss_and_gradients_of_one_device(
+    name: str, kind: str, processes: int, tmp_path: pathlib.Path
+) -> None:
+    """Four devices in 2 or 4 processes; a row may lie on devices of several."""
+    config, batch = problem(name, kind)
+    loss, grads = step(config, batch, MeshConfig(1, 1, 1, 1), "auto")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {
+        "PYTHONPATH": str(pathlib.Path(__file__).resolve().parents[2]), "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(4 // processes), "HICO_PROCESSES": str(processes),
+        "HICO_COORDINATOR": f"localhost:{port}",
+    }  # fmt: skip
+    command = [sys.executable, "-c", CHILD, name, kind, str(tmp_path / "found.npz")]
+    started = [
+        subprocess.Popen(command, env=env | {"HICO_PROCESS": str(i)}, stderr=subprocess.PIPE, text=True)
+        for i in range(processes)
+    ]
+    for process in started:
+        said = process.communicate(timeout=3000)[1]
+        assert process.returncode == 0, said[-3000:]
+    found = np.load(tmp_path / "found.npz")
+    for number, (sizes, _) in enumerate(OVER_PROCESSES):
+        assert abs(float(found[f"{number} loss"]) - loss) <= 1e-5, sizes
+        for i, b in enumerate(jax.tree.leaves(grads)):
+            scale = max(1.0, float(np.abs(b).max()))
+            np.testing.assert_allclose(found[f"{number} {i}"], b, atol=1e-5 * scale, err_msg=str(sizes))

@@ -131,3 +131,29 @@ def test_the_same_failure_at_the_same_step_ends_it(stub: dict[str, str]) -> None
     found = script("tpu/babysit.sh", *WHERE, "--source=gs://b/h.tar.gz", "--", "--config=c.py", env=stub)
     assert found.returncode == 2
     assert "failed twice at step 12" in found.stderr
+
+
+def test_a_stale_lock_is_taken_over_and_a_live_one_names_its_process(tmp_path: pathlib.Path) -> None:
+    """The worker's own command, run here by a gcloud that is a shell."""
+    home = tmp_path / "hico"
+    (home / ".venv" / "bin").mkdir(parents=True)
+    program = home / ".venv" / "bin" / "hico"
+    program.write_text('#!/bin/sh\necho "ran $*"\n')
+    program.chmod(0o755)
+    gcloud = tmp_path / "gcloud"
+    gcloud.write_text('#!/usr/bin/env bash\ncd "$STUB"\nexec bash -c "${@: -1}"\n')
+    gcloud.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STUB": str(tmp_path)}
+    start = ["tpu/start.sh", *WHERE, "--", "--config=c.py"]
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for stale in (None, "", str(gone.pid)):  # no lock, an empty one, one of a process that is gone
+        if stale is not None:
+            (home / ".run.lock").write_text(stale)
+        assert script(*start, env=env).returncode == 0
+        assert (home / ".run.lock").read_text().strip() not in ("", str(gone.pid))
+    (home / ".run.lock").write_text(str(os.getpid()))
+    found = script(*start, env=env)
+    assert found.returncode != 0
+    assert f"a run is going on in hico: process {os.getpid()}; launch/tpu/stop.sh ends it" in found.stderr
+    assert (home / ".run.lock").read_text() == str(os.getpid())

@@ -12,9 +12,11 @@ Next: hico_jax/generate.py
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hico_jax.shapes import Array, Bool, Float, Int
 
@@ -95,16 +97,77 @@ def best(
     scores: Float[Array, "B L"], slots: Int[Array, "B L"], segments: Int[Array, "B L"], keep: Int[Array, "B R"]
 ) -> Bool[Array, "B L"]:
     """Text, and the `keep[b, r]` visual tokens of segment `r + 1` with the highest scores; the earlier wins a tie."""
-    num_segments = keep.shape[1]
     visual = (slots >= 0) & (segments != 0)
-    index = jnp.broadcast_to(jnp.arange(slots.shape[1], dtype=jnp.int32), slots.shape)
-    group = jnp.where(visual, segments, num_segments + 1).astype(jnp.int32)
+    return jnp.where(visual, best_of_groups(scores, jnp.where(visual, segments, 0), keep), segments != 0)
+
+
+def best_of_shares(
+    scores: Float[Array, "B L"], slots: Int[Array, "B L"], segments: Int[Array, "B L"], keep: Int[Array, "B R"],
+    shares: int,
+) -> Bool[Array, "B L"]:  # fmt: skip
+    """`best` of each of `shares` equal parts of the row, which keep as many as their part of the visual tokens asks.
+
+    Shares are rounded so that they add up to `keep`. Over devices a part lies on one of them, so that choosing needs
+    counts alone: `sharded.best_of_shares`.
+    """
+    length = slots.shape[1]
+    part = jnp.asarray(np.arange(length) * shares // length, jnp.int32)
+    visual = (slots >= 0) & (segments != 0)
+    counts = count_groups(jnp.where(visual, group_of(segments, part, shares), 0), keep.shape[1] * shares)
+    allowed = share_out(keep, counts.reshape(*keep.shape, shares))
+    group = jnp.where(visual, group_of(segments, part, shares), 0)
+    chosen = best_of_groups(scores, group, allowed.reshape(len(slots), -1))
+    return jnp.where(visual, chosen, segments != 0)
+
+
+def group_of(segments: Int[Array, "B L"], part: Int[Array, " L"], parts: int) -> Int[Array, "B L"]:
+    """A number from 1 for each part of each segment."""
+    return jnp.maximum(segments - 1, 0) * parts + part + 1
+
+
+def count_groups(group: Int[Array, "B L"], count: int) -> Int[Array, "B G"]:
+    """How many tokens each of the groups 1 to `count` has; 0 is none."""
+    add = lambda g: jnp.zeros(count + 1, jnp.int32).at[g].add(1)
+    return jax.vmap(add)(group)[:, 1:]
+
+
+def share_out(keep: Int[Array, "B R"], counts: Int[Array, "B R P"], before: Any = 0, total: Any = None) -> Array:
+    """`keep` shared out over parts by their counts, each rounded where the sum of those before it ends.
+
+    `before` is what parts before the first one hold, `total` what all hold (None: these are all).
+    """
+    upto = before + jnp.cumsum(counts, axis=-1, dtype=jnp.int32)
+    total = upto[..., -1:] if total is None else total
+    ends = scaled(jnp.broadcast_to(keep[..., None], upto.shape), upto, total)
+    first = scaled(keep[..., None], upto[..., :1] - counts[..., :1], total)
+    return ends - jnp.concatenate([first, ends[..., :-1]], axis=-1)
+
+
+def scaled(a: Array, b: Array, c: Array) -> Array:
+    """`a * b // c` of int32 with `b <= c < 2**29`, exactly, though `a * b` may not fit; 0 where `c` is 0."""
+    c = jnp.maximum(c, 1)
+
+    def step(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        quotient, rest = carry
+        rest = 2 * rest + jnp.where((a >> (30 - i)) & 1 == 1, b, 0)
+        return 2 * quotient + rest // c, rest % c
+
+    zero = jnp.zeros(jnp.broadcast_shapes(a.shape, b.shape, c.shape), jnp.int32)
+    return jax.lax.fori_loop(0, 31, step, (zero, zero))[0]
+
+
+def best_of_groups(
+    scores: Float[Array, "B L"], group: Int[Array, "B L"], allowed: Int[Array, "B G"]
+) -> Bool[Array, "B L"]:
+    """The `allowed[b, g]` tokens of group `g + 1` with the highest scores; none of group 0; the earlier wins a tie."""
+    count = allowed.shape[1]
+    index = jnp.broadcast_to(jnp.arange(group.shape[1], dtype=jnp.int32), group.shape)
+    group = jnp.where(group == 0, count + 1, group).astype(jnp.int32)
     group, _, order = jax.lax.sort((group, -scores, index), dimension=1, is_stable=True, num_keys=2)
     rank = index - starts(group)
-    allowed = jnp.pad(keep, ((0, 0), (1, 1)))  # nothing for padding and for what is not visual
+    allowed = jnp.pad(allowed, ((0, 0), (1, 1)))
     chosen = rank < jnp.take_along_axis(allowed, group, axis=1)
-    chosen = jax.vmap(lambda o, c: jnp.zeros_like(c).at[o].set(c))(order, chosen)
-    return jnp.where(visual, chosen, segments != 0)
+    return jax.vmap(lambda o, c: jnp.zeros_like(c).at[o].set(c))(order, chosen)
 
 
 def compact(alive: Bool[Array, "B L"], length: int) -> tuple[Int[Array, "B length"], Bool[Array, "B length"]]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hico_jax.models.compress import progressive
 from hico_jax.shapes import Array, Bool, Float, Int
@@ -194,6 +195,41 @@ def best(
     )  # fmt: skip
     chosen = above | (equal & (where < of_segment(end, segments)))
     return jnp.where(visual, chosen & (of_segment(keep, segments) > 0), segments != 0)
+
+
+def best_of_shares(
+    scores: Float[Array, "B L"], slots: Int[Array, "B L"], segments: Int[Array, "B L"], keep: Int[Array, "B R"],
+    shares: int, axis: Axis,
+) -> Bool[Array, "B L"]:  # fmt: skip
+    """`progressive.best_of_shares`, the same tokens exactly: each device sorts its own parts.
+
+    One round of counts, a few integers a part, is all that devices tell each other.
+
+    Raises:
+      ValueError: parts that would lie on two devices.
+    """
+    if shares % (2 * axis.size):
+        raise ValueError(
+            f"drop.shares is {shares} but rows are dealt to {axis.size} devices in {2 * axis.size} chunks; make it a "
+            f"multiple of {2 * axis.size}, or 1 for the best of the whole row"
+        )
+    each, chunk = shares // (2 * axis.size), slots.shape[1] // 2
+    within = np.arange(chunk) * each // chunk
+    part = jnp.asarray(np.concatenate([within, each + within]), jnp.int32)
+    visual = (slots >= 0) & (segments != 0)
+    group = jnp.where(visual, progressive.group_of(segments, part, 2 * each), 0)
+    rows, segments_most = keep.shape
+    counts = progressive.count_groups(group, segments_most * 2 * each).reshape(rows, segments_most, 2, each)
+    sums = jax.lax.all_gather(counts.sum(-1), axis.name)  # [devices B R 2]
+    in_order = jnp.concatenate([sums[..., 0], sums[::-1, ..., 1]])
+    before = jnp.cumsum(in_order, axis=0, dtype=jnp.int32) - in_order
+    total = in_order.sum(0)[..., None]
+    mine = (before[axis.me()], before[2 * axis.size - 1 - axis.me()])
+    allowed = [
+        progressive.share_out(keep, counts[:, :, half], start[..., None], total) for half, start in enumerate(mine)
+    ]
+    chosen = progressive.best_of_groups(scores, group, jnp.concatenate(allowed, -1).reshape(rows, -1))
+    return jnp.where(visual, chosen, segments != 0)
 
 
 def close_ranks(tree: Any, alive: Bool[Array, "B L"], length: int, axis: Axis) -> tuple[Any, Bool[Array, "B M"]]:

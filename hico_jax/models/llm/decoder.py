@@ -30,7 +30,8 @@ from hico_jax.shapes import Array, Float, Int
 # Of a recomputed layer: attention's output; no more; that on the host; or that and every product with a matrix, so
 # that only norms, rotations and activations are computed again.
 KEEPS = ("attention", "nothing", "offload", "products")
-SLICE, FRUGAL_SLICE = 65_536, 16_384  # tokens in an MLP at a time, training and not
+# Tokens in an MLP at a time: training, training on several devices, and not training.
+SLICE, MESH_SLICE, FRUGAL_SLICE = 65_536, 8192, 16_384
 
 
 class Place(NamedTuple):
@@ -124,7 +125,8 @@ def run(
             assert plan is not None
             stream, scores = _drop(blocks, stream, plan, schedule, stage - 1, angles)
             stages.append(Stage(stream, scores))
-        place = _place(stream, angles)._replace(slice=FRUGAL_SLICE if cache_room else SLICE)
+        most = MESH_SLICE if remat != "products" and sharding.count() > 1 else SLICE
+        place = _place(stream, angles)._replace(slice=FRUGAL_SLICE if cache_room else most)
         x, group = _run_layers(blocks, start, stop, stream.x, place, remat=remat, cache_room=cache_room)
         stream = stream.replace(x=x)
         if cache_room:
@@ -196,7 +198,11 @@ def _drop(
         asks = progressive.queries(stream.segments, stream.labelled, plan.num_queries)
         num_queries = plan.num_queries or plan.keep.shape[1]
         scores = progressive.scores(q, k, stream.positions, stream.segments, asks, num_queries)
-        alive = progressive.best(scores, stream.slots, stream.segments, plan.keep[:, :, stage])
+        candidates = (scores, stream.slots, stream.segments, plan.keep[:, :, stage])
+        if schedule.shares > 1:
+            alive = progressive.best_of_shares(*candidates, schedule.shares)
+        else:
+            alive = progressive.best(*candidates)
     index, real = progressive.compact(alive, plan.lengths[stage])
     taken = jax.tree.map(lambda a: progressive.take(a, index, real), stream)
     slots = jnp.where(real, taken.slots, -1)
@@ -223,7 +229,11 @@ def _drop_over_devices(
             q, k = jax.lax.stop_gradient(block.attention_query_key(x, place))
             asks = sharded.queries(stream.segments, stream.labelled, plan.num_queries, count, axis)
             scores = sharded.scores(q, k, stream.positions, stream.segments, asks, plan.num_queries or count, axis)
-            alive = sharded.best(scores, stream.slots, stream.segments, keep[:, :, stage], axis)
+            candidates = (scores, stream.slots, stream.segments, keep[:, :, stage])
+            if schedule.shares > 1:
+                alive = sharded.best_of_shares(*candidates, schedule.shares, axis)
+            else:
+                alive = sharded.best(*candidates, axis)
         taken, filled = sharded.close_ranks(stream, alive, length, axis)
         return taken.replace(
             slots=jnp.where(filled, taken.slots, -1), positions=sharded.positions(taken.segments, count, axis)

@@ -88,3 +88,18 @@ def test_mistakes_say_what_to_change() -> None:
     odd = [a[:, :-2] for a in dealt(Case(2, "ring", 1, 2, 2, 1, 4, ((8,),)))[0]]
     with pytest.raises(ValueError, match="not two equal chunks"):
         program(2, "ring")(*odd)
+
+
+@pytest.mark.parametrize("strategy", ["gather", *(pytest.param(s, marks=pytest.mark.slow) for s in ("ring", "usp"))])
+def test_queries_in_slices_give_the_same(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three slices a chunk, of packed rows with padding."""
+    monkeypatch.setattr(ring, "SLICE_STEP", 2)
+    monkeypatch.setattr(ring, "MOST_SUMS", 512)
+    case = Case(2, strategy, 2, 6, 4, 2, 4, ((20,), (9, 11)))
+    inputs, places = dealt(case)
+    assert ring.slices_of(jnp.zeros((2, 12, 4, 4))) == 3
+    grads, out = program(2, strategy)(*inputs)
+    expected = oracle(*case.arrays())
+    for name, got in (("out", out), *zip("qkv", grads, strict=True)):
+        scale = max(1.0, float(np.abs(expected[name]).max()))
+        np.testing.assert_allclose(np.asarray(got), expected[name][:, places], atol=1e-5 * scale, err_msg=name)

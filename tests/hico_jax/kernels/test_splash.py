@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hico_jax.kernels import ring, splash
+from hico_jax.kernels import blockwise, ring, splash
+from hico_jax.models import attention
+from hico_jax.parallel import sharding
 from tests.hico_jax.kernels.ring_cases import Case, dealt, oracle, program
 
 
@@ -30,6 +33,22 @@ def test_a_step_equals_the_blockwise_one(causal: bool) -> None:
     expected = ring.BLOCKWISE.backward(q, k, v, out, lse, d_out, segments, segments, positions)
     for f, e in zip(found, expected, strict=True):
         np.testing.assert_allclose(f, e, atol=1e-5 * max(1, np.abs(e).max()))
+
+
+def test_one_device_runs_it_without_a_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `attend` does on a TPU, for packed rows: values and gradients of XLA's kernel."""
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    monkeypatch.setattr(splash, "BACKEND", splash.INTERPRETED)
+    rng = np.random.default_rng(0)
+    q, k, v, d_out = (jnp.asarray(rng.normal(size=(1, 256, h, 64)), jnp.float32) for h in (2, 1, 1, 2))
+    segments = jnp.asarray(np.repeat([1, 2, 0], [150, 90, 16])[None], jnp.int32)
+    positions = jnp.concatenate([jnp.arange(150), jnp.arange(90), jnp.zeros(16, int)]).astype(jnp.int32)[None]
+    where = {"q_positions": positions, "k_positions": positions, "q_segments": segments, "k_segments": segments}
+    found, pull = jax.vjp(lambda *a: attention.attend(*a, **where), q, k, v)
+    expected, pull_expected = jax.vjp(lambda *a: blockwise.attention(*a, **where, causal=True), q, k, v)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for f, e in zip(pull(d_out), pull_expected(d_out), strict=True):
+        np.testing.assert_allclose(f, e, atol=2e-5)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 
 from hico_jax.kernels import reference
 from hico_jax.models import attention
+from hico_jax.parallel.mesh import MeshConfig, make_mesh
 
 
 def arrays(rows: int, length: int, seed: int = 0) -> list[Any]:
@@ -95,3 +96,21 @@ def test_the_fused_path_is_taken_only_where_its_mask_says_the_same(
         assert calls
         # bfloat16 has 8 bits: weights and output are each rounded once
         np.testing.assert_allclose(got.astype(jnp.float32), expected.astype(jnp.float32), atol=3e-2)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "length", "says"),
+    [
+        (MeshConfig(1, 1, 4, 2), 12, r"rows of 12 tokens .* mesh\.sequence=4; make their length a multiple of 8"),
+        (MeshConfig(1, 1, 2, 4), 8, r"4 heads and 2 key/value heads .* mesh\.tensor=4; use a divisor of 2"),
+    ],
+)
+def test_rows_and_heads_that_devices_cannot_share(mesh: MeshConfig, length: int, says: str) -> None:
+    q, k = (jax.ShapeDtypeStruct((1, length, heads, 8), jnp.float32) for heads in (4, 2))
+    where = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    def run(q: jax.Array, k: jax.Array, where: jax.Array) -> jax.Array:
+        return attention.attend(q, k, k, q_positions=where, k_positions=where, q_segments=where, k_segments=where)
+
+    with jax.set_mesh(make_mesh(mesh)), pytest.raises(ValueError, match=says):
+        jax.eval_shape(run, q, k, where)

@@ -11,9 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from hico_jax import registry
 from hico_jax.batch import Batch
-from hico_jax.parallel import sharding
 from hico_jax.parallel.mesh import MeshConfig, make_mesh
-from hico_jax.parallel.sharding import RULES, batch_shardings, shard, shardings, spec
+from hico_jax.parallel.sharding import RULES, batch_shardings, put, row_shares, rows_of, shard, shardings, spec
 
 SIZES = {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
 
@@ -85,15 +84,31 @@ def test_the_table_names_mesh_axes_only() -> None:
     assert {axis for axes in RULES.values() for axis in axes} == {"slice", "data", "fsdp", "sequence", "tensor"}
 
 
-def test_which_rows_a_process_reads() -> None:
-    """Alone; with devices whose rows lie apart; with others that hold the same rows; and never half of a share."""
-    for rows in (8, 4, 3):  # split over all eight devices, over some of them, over none
-        assert sharding.share_of_rows(make_mesh(MeshConfig(1, 8, 1, 1)), rows) == (0, 1)
-    four = {p: ((2 * p, 2 * p + 2),) for p in range(4)}
-    assert [sharding.share_of(four, p, 8) for p in range(4)] == [(0, 4), (1, 4), (2, 4), (3, 4)]
-    apart = {0: ((0, 1), (2, 3)), 1: ((1, 2), (3, 4))}
-    assert [sharding.share_of(apart, p, 4) for p in range(2)] == [(0, 2), (1, 2)]
-    same = {0: ((0, 4),), 1: ((0, 4),)}  # a row over both: each reads all
-    assert [sharding.share_of(same, p, 4) for p in range(2)] == [(0, 1), (0, 1)]
-    with pytest.raises(ValueError, match="8 rows do not divide over the mesh so that 2 processes read a share each"):
-        sharding.share_of({0: ((0, 4),), 1: ((2, 8),)}, 0, 8)
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        (64, [tuple(range(4 * i, 4 * i + 4)) for i in range(16)]),  # fsdp=64: each host its own rows
+        (1, [(0,)]),  # sequence=64: one row on all hosts
+        (4, [(0,), (1,), (2,), (3,)]),  # fsdp=4, sequence=16: four hosts share a row
+        (32, [(2 * i, 2 * i + 1) for i in range(16)]),
+    ],
+)
+def test_which_rows_the_hosts_of_a_pod_bring(parts: int, expected: list[tuple[int, ...]]) -> None:
+    assert row_shares(np.arange(64).reshape(parts, -1) // 4) == expected
+
+
+def test_chips_far_apart_and_rows_that_overlap() -> None:
+    scattered = np.arange(64).reshape(4, 16).T.reshape(64, 1) // 4  # as a torus may order them
+    assert sorted(sum(row_shares(scattered), ())) == list(range(64))
+    with pytest.raises(ValueError, match="overlap in part"):
+        row_shares(np.array([[0, 0], [0, 1], [1, 1]]))
+
+
+def test_rows_are_put_where_the_mesh_wants_them() -> None:
+    mesh = make_mesh(MeshConfig(1, 2, 4, 1))
+    batch = {"tokens": np.arange(32, dtype=np.int32).reshape(2, 16), "clips": np.zeros((2, 0, 4, 8, 8, 3), np.uint8)}
+    assert rows_of(mesh) == (0, 1)
+    found = put(batch, mesh)
+    np.testing.assert_array_equal(found["tokens"], batch["tokens"])
+    assert found["tokens"].sharding.spec == P(("fsdp",), ("sequence",))
+    assert found["clips"].shape == batch["clips"].shape

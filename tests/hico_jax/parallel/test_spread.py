@@ -23,7 +23,7 @@ def collectives(text: str) -> list[tuple[str, int]]:
 
 
 def encode(weights: Any, clips: jax.Array) -> jax.Array:
-    return jnp.einsum("nthwc,cd->nhd", clips, weights)
+    return jnp.einsum("nthwc,cd->nhd", clips.astype(jnp.float32) / 100, weights)
 
 
 @pytest.mark.parametrize("count", [16, 5])
@@ -31,6 +31,7 @@ def test_clips_are_encoded_alone(count: int, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(spread, "PATCHES", 1)  # one clip at a time
     rng = np.random.default_rng(0)
     clips, weights = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((count, 2, 16, 16, 3), (3, 4)))
+    clips = (100 * clips).astype(jnp.int32)
     run = jax.jit(jax.value_and_grad(lambda w, c: jnp.square(spread.each_clip(encode, w, c)).sum()))
     expected = run(weights, clips)
     with jax.set_mesh(make_mesh(MeshConfig(1, 2, 2, 2))):

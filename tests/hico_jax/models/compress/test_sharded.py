@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -124,3 +125,60 @@ def test_nothing_is_gathered_or_sorted() -> None:
     assert " sort(" not in text
     sizes = [line for line in text.splitlines() if "all-gather" in line and f"{width}]" in line]
     assert sizes == []
+
+
+def test_scaled_is_exact() -> None:
+    rng = np.random.default_rng(0)
+    c = rng.integers(0, 2**29, 200).astype(np.int32)
+    b, a = (np.minimum(rng.integers(0, 2**29, 200), c).astype(np.int32) for _ in range(2))
+    expected = [int(x) * int(y) // max(1, int(z)) for x, y, z in zip(a, b, c, strict=True)]
+    np.testing.assert_array_equal(progressive.scaled(*(jnp.asarray(v) for v in (a, b, c))), expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_equal_shares_are_the_same_on_any_number_of_devices(size: int) -> None:
+    """Against the rule written out in NumPy: each of 16 parts keeps the best of its own, together exactly `keep`."""
+    shares, length = 16, 64
+    rng = np.random.default_rng(size)
+    segments = np.repeat([[1] * 40 + [2] * 20 + [0] * 4, [1] * 64], 1, axis=0).astype(np.int32)
+    slots = np.where((rng.random(segments.shape) < 0.7) & (segments > 0), 1, -1).astype(np.int32)
+    scores = (rng.integers(0, 5, segments.shape) / 5).astype(np.float32)
+    counts = np.stack([((segments == s) & (slots >= 0)).sum(1) for s in (1, 2)], 1)
+    keep = (counts * 0.4).astype(np.int32)
+    expected = np.zeros(segments.shape, bool)
+    for b, row in enumerate(segments):
+        for s in (1, 2):
+            seen = 0
+            for part in range(shares):
+                at = [i for i in range(part * 4, part * 4 + 4) if row[i] == s and slots[b, i] >= 0]
+                total, kept = max(1, counts[b, s - 1]), keep[b, s - 1]
+                share = kept * (seen + len(at)) // total - kept * seen // total
+                expected[b, sorted(at, key=lambda i: (-scores[b, i], i))[:share]] = True
+                seen += len(at)
+            assert expected[b, (row == s) & (slots[b] >= 0)].sum() == keep[b, s - 1]
+    expected |= (segments > 0) & (slots < 0)
+    whole = progressive.best_of_shares(*(jnp.asarray(a) for a in (scores, slots, segments, keep)), shares)
+    np.testing.assert_array_equal(whole, expected)
+    axis, places = sharded.Axis("sequence", size), zigzag.order(length, size)
+    mesh = jax.make_mesh((size,), ("sequence",), axis_types=(AxisType.Auto,), devices=jax.devices()[:size])
+    part, choose = PartitionSpec(None, "sequence"), lambda *a: sharded.best_of_shares(*a, shares, axis)
+    run = jax.jit(
+        jax.shard_map(choose, mesh=mesh, in_specs=(part,) * 3 + (PartitionSpec(),), out_specs=part, check_vma=False)
+    )
+    dealt = tuple(a[:, places] for a in (scores, slots, segments))
+    np.testing.assert_array_equal(run(*dealt, keep), expected[:, places])
+    text = run.lower(*dealt, keep).compile().as_text()
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    moved = re.findall(rf"= (\w+)\[([\d,]*)\]\S* ({kinds})(?:-start)?\(", text)
+    assert all(kind == "all-gather" and dtype == "s32" for dtype, _, kind in moved), moved
+    assert all(np.prod([int(n) for n in shape.split(",")]) <= size * 2 * 2 * 2 for _, shape, _ in moved), moved
+
+
+def test_shares_that_lie_on_two_devices_are_refused() -> None:
+    segments, slots, _, _ = drawn(0)
+    keep = np.zeros((ROWS, SEGMENTS), np.int32)
+    with pytest.raises(ValueError, match=r"drop\.shares is 12 but rows are dealt to 4 devices in 8 chunks; .* 8, or 1"):
+        split(
+            lambda a, b, c: sharded.best_of_shares(a, b, b, c, 12, AXIS), slots.astype(np.float32), segments,
+            whole=(keep,),
+        )  # fmt: skip
