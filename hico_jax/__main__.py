@@ -1,6 +1,7 @@
 """`python -m hico_jax` is `hico`; the console script begins here too."""
 
 import multiprocessing
+import multiprocessing.process
 import os
 import sys
 from collections.abc import Sequence
