@@ -177,7 +177,7 @@ VARIANTS = {
         head_dim=64,
         tied=True,
         init_std=0.06,
-    ),
+    ),  # fmt: skip
     "tiny": Qwen2Config(
         vocab_size=64, embed_dim=32, mlp_dim=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, tied=True
     ),
