@@ -142,6 +142,10 @@ def rope_scaling(config: Mapping[str, Any], built: Sequence[str]) -> dict[str, A
 _7B = Qwen2Config(
     vocab_size=152064, embed_dim=3584, mlp_dim=18944, num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128
 )
+_HICO_NANO = Qwen2Config(
+    vocab_size=1024, embed_dim=256, mlp_dim=1024, num_layers=8, num_heads=4, num_kv_heads=2, head_dim=64, tied=True,
+    init_std=0.06,
+)  # fmt: skip
 VARIANTS = {
     "qwen2-7b": _7B,
     "qwen2.5-7b": _7B,
@@ -167,17 +171,7 @@ VARIANTS = {
         tied=True,
         init_std=0.1,
     ),
-    "hico-nano": Qwen2Config(
-        vocab_size=1024,
-        embed_dim=256,
-        mlp_dim=1024,
-        num_layers=8,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=64,
-        tied=True,
-        init_std=0.06,
-    ),  # fmt: skip
+    "hico-nano": _HICO_NANO,
     "tiny": Qwen2Config(
         vocab_size=64, embed_dim=32, mlp_dim=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, tied=True
     ),
