@@ -63,8 +63,10 @@ class Generated(NamedTuple):
     lengths: Int[ndarray, " B"]  # tokens of each row, its end token included
 
 
-def generate(model: HiCo, prompt: Batch | tuple[Batch, Float[Array, "B S D"]], config: GenerationConfig) -> Generated:
-    """Continue every row of `prompt`.
+def generate(
+    model: HiCo, prompt: Batch | tuple[Batch, Float[Array, "B S D"]], config: GenerationConfig, *, piece: int = 0
+) -> Generated:
+    """Continue every row of `prompt`, which runs `piece` tokens at a time (0: all at once).
 
     Visual tokens given beside the batch (`HiCo.encode` of the same clips, which may be left empty) are not encoded
     again, so one video serves many questions.
@@ -74,7 +76,7 @@ def generate(model: HiCo, prompt: Batch | tuple[Batch, Float[Array, "B S D"]], c
     if visual is None:
         visual = _encode(model, batch.clips, batch.images)
     stream = spliced(model, batch, visual)
-    return continue_stream(model.llm, stream, batch.drop, config, schedule=model.config.drop)
+    return continue_stream(model.llm, stream, batch.drop, config, schedule=model.config.drop, piece=piece)
 
 
 def spliced(model: HiCo, batch: Batch, visual: Float[Array, "B S D"]) -> Stream:
@@ -94,18 +96,20 @@ def _is_plain(batch: Batch) -> bool:
 
 
 def continue_stream(
-    llm: Any, stream: Stream, plan: DropPlan | None, config: GenerationConfig, *, schedule: DropSchedule = NO_DROP
-) -> Generated:
+    llm: Any, stream: Stream, plan: DropPlan | None, config: GenerationConfig, *,
+    schedule: DropSchedule = NO_DROP, piece: int = 0,
+) -> Generated:  # fmt: skip
     """Continue every row of a stream of embeddings with a language model alone."""
-    logits, cache = begin(llm, stream, plan, schedule=schedule, room=config.max_new_tokens)
+    logits, cache = begin(llm, stream, plan, schedule=schedule, room=config.max_new_tokens, piece=piece)
     return finish(llm, logits, cache, config)
 
 
 def begin(
-    llm: Any, stream: Stream, plan: DropPlan | None, *, schedule: DropSchedule = NO_DROP, room: int
-) -> tuple[Float[Array, "B V"], Cache]:
+    llm: Any, stream: Stream, plan: DropPlan | None, *, schedule: DropSchedule = NO_DROP, room: int,
+    piece: int = 0,
+) -> tuple[Float[Array, "B V"], Cache]:  # fmt: skip
     """`prefill`, compiled once for each shape: the first half of an answer."""
-    return _prefill(llm, stream, plan, schedule=schedule, room=room)
+    return _prefill(llm, stream, plan, schedule=schedule, room=room, piece=piece)
 
 
 def remember(llm: Any, stream: Stream, plan: DropPlan | None, *, schedule: DropSchedule = NO_DROP, room: int) -> Memory:
@@ -129,10 +133,14 @@ def finish(llm: Any, logits: Float[Array, "B V"], cache: Cache, config: Generati
 
 
 def prefill(
-    llm: Any, stream: Stream, plan: DropPlan | None, *, schedule: DropSchedule = NO_DROP, room: int
-) -> tuple[Float[Array, "B V"], Cache]:
-    """Run the prompt: float32 logits after each row's last token, and the cache with `room` free places."""
-    stream, cache = llm(stream, plan, schedule=schedule, cache_room=room)
+    llm: Any, stream: Stream, plan: DropPlan | None, *, schedule: DropSchedule = NO_DROP, room: int,
+    piece: int = 0,
+) -> tuple[Float[Array, "B V"], Cache]:  # fmt: skip
+    """Run the prompt: float32 logits after each row's last token, and the cache with `room` free places.
+
+    With `piece`, so many tokens run at a time: the same result, and activations no longer grow with the prompt.
+    """
+    stream, cache = llm(stream, plan, schedule=schedule, cache_room=room, piece=piece)
     return logits_of(llm, take_last(stream.x, stream.segments))[:, 0], cache
 
 
@@ -243,7 +251,7 @@ def _splice(model: HiCo, batch: Batch, visual: Array) -> Stream:
     return stream.replace(targets=None, weights=None)
 
 
-_prefill = jax.jit(prefill, static_argnames=("schedule", "room"))
+_prefill = jax.jit(prefill, static_argnames=("schedule", "room", "piece"))
 
 
 @functools.partial(jax.jit, static_argnames=("schedule", "room"))

@@ -168,13 +168,24 @@ def _attend_one(q: Array, k: Array, v: Array, visible: Array, axis: str | None =
 MOST_WEIGHTS = 1 << 27  # that `attend_some` holds at once
 
 
+def weights_of(
+    q: Float[Array, "B 1 H d"], k: Float[Array, "B K S d"], visible: Bool[Array, "B S"]
+) -> Float[Array, "B S"]:
+    """How much one query per row attends to each key, mean over heads, in float32."""
+    rows, _, heads, width = q.shape
+    grouped = q.reshape(rows, k.shape[1], heads // k.shape[1], width)
+    scores = jnp.einsum("BKGd,BKSd->BKGS", grouped, k, preferred_element_type=jnp.float32) / math.sqrt(width)
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -1e30), axis=-1)
+    return jnp.where(visible, weights.mean((1, 2)), 0.0)
+
+
 def attend_some(
     q: Float[Array, "B Q H d"],
     k: Float[Array, "B K S d"],
     v: Float[Array, "B K S d"],
     q_segments: Int[Array, "B Q"],
     k_segments: Int[Array, "B S"],
-    first: int,
+    first: int | Int[Array, ""],
 ) -> Float[Array, "B Q H d"]:
     """A few queries, whose own keys stand from place `first` on, over a cache whose keys lie head by head.
 

@@ -102,11 +102,31 @@ def write(
     return _put(stack, update, layer, step, room, (None, *HEADS))
 
 
-def write_at(stack: Float[Array, "N B K S d"], layer: Array, place: int, value: Float[Array, "B Q K d"]) -> Array:
-    """Put several tokens' keys or values into a layer of the stack of one device, from a place on."""
+def write_at(
+    stack: Float[Array, "N B K S d"],
+    layer: Array,
+    place: int | Int[Array, ""],
+    value: Float[Array, "b Q K d"],
+    lane: Int[Array, ""] | None = None,
+) -> Array:
+    """Put several tokens' keys or values into a layer of the stack of one device, from a place on.
+
+    With a lane, `value` is that row's alone. All places must exist: a slice that reaches beyond the end moves back.
+    """
     update = jnp.swapaxes(value, 1, 2)[None].astype(stack.dtype)
     zero = jnp.zeros((), jnp.int32)
-    return jax.lax.dynamic_update_slice(stack, update, (layer, zero, zero, jnp.asarray(place, jnp.int32), zero))
+    row = zero if lane is None else lane
+    return jax.lax.dynamic_update_slice(stack, update, (layer, row, zero, jnp.asarray(place, jnp.int32), zero))
+
+
+def read(
+    stack: Float[Array, "N B K S d"], layer: Array, places: int, lane: Int[Array, ""] | None = None
+) -> Float[Array, "b K s d"]:
+    """The first places of a layer, of all rows or of one lane."""
+    if lane is None:
+        return stack[layer][:, :, :places]
+    zero, (_, _, heads, _, width) = jnp.zeros((), jnp.int32), stack.shape
+    return jax.lax.dynamic_slice(stack, (layer, lane, zero, zero, zero), (1, 1, heads, places, width))[0]
 
 
 def mark(segments: Int[Array, "B S"], segment: Int[Array, " B"], step: Array, room: int) -> Int[Array, "B S"]:

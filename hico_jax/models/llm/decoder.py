@@ -98,11 +98,13 @@ def run(
     cache_room: int = 0,
     first: int = 0,
     last: int | None = None,
+    piece: int = 0,
 ) -> tuple[Stream, kv_cache.Cache | None, tuple[Stage, ...]]:
     """All layers of `blocks` (stacked), dropping visual tokens after the layers `schedule` names.
 
     `remat` is empty (keep all activations) or one of `KEEPS`. `first` and `last` choose some of the groups of layers
-    between the stages of the drop; the stage before the first one is done.
+    between the stages of the drop; the stage before the first one is done. With a cache, `piece` runs that many tokens at
+    a time: the result is the same, and memory for activations no longer grows with the row.
 
     Raises:
       ValueError: the schedule drops but the batch has no plan, or rows are not dealt as the mesh splits them.
@@ -127,7 +129,10 @@ def run(
             stages.append(Stage(stream, scores))
         most = MESH_SLICE if remat != "products" and sharding.count() > 1 else SLICE
         place = _place(stream, angles)._replace(slice=FRUGAL_SLICE if cache_room else most)
-        x, group = _run_layers(blocks, start, stop, stream.x, place, remat=remat, cache_room=cache_room)
+        if cache_room and 0 < piece < stream.x.shape[1] and stream.ring == 1:
+            x, group = _run_in_pieces(blocks, start, stop, stream.x, place, piece=piece, cache_room=cache_room)
+        else:
+            x, group = _run_layers(blocks, start, stop, stream.x, place, remat=remat, cache_room=cache_room)
         stream = stream.replace(x=x)
         if cache_room:
             k, v = group
@@ -157,6 +162,40 @@ def _run_layers(
         policy = _policy(remat)
         step = jax.checkpoint(step, prevent_cse=False, policy=policy)
     return jax.lax.scan(step, x, layers.layer_slice(blocks, start, stop))
+
+
+def _run_in_pieces(
+    blocks: Any, start: int, stop: int, x: Float[Array, "B L D"], place: Place, *, piece: int, cache_room: int
+) -> tuple[Float[Array, "B L D"], tuple[Array, Array]]:
+    """`_run_layers` for a cache, `piece` tokens at a time: activations of one piece exist, whatever the row's length.
+
+    A piece looks at the places before it in doubling steps, so that half of what it reads at worst is masked.
+    """
+    rows, length, _ = x.shape
+    one = jax.eval_shape(lambda x: jax.tree.map(lambda p: p[start], blocks)(x, place), x)[1][0]
+    shape = (stop - start, rows, one.shape[2], length + cache_room, one.shape[3])
+    carry = (x, jnp.zeros(shape, one.dtype), jnp.zeros(shape, one.dtype))
+    edges = [0, *(piece << i for i in range(64) if piece << i < length), length]
+
+    def run(carry: tuple[Array, Array, Array], at: Array | int, size: int, seen: int) -> tuple[Array, Array, Array]:
+        x, keys, values = carry
+        cut = lambda a: jax.lax.dynamic_slice_in_dim(a, at, size, axis=1)
+        here = Place(cut(place.cos), cut(place.sin), cut(place.positions), cut(place.segments), slice=place.slice)
+
+        def layer(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            block = jax.tree.map(lambda p: p[start + i], blocks)
+            return block.extend(carry[0], here, *carry[1:], i, at, place.segments[:, :seen])
+
+        part, keys, values = jax.lax.fori_loop(0, stop - start, layer, (cut(x), keys, values))
+        return jax.lax.dynamic_update_slice_in_dim(x, part, at, axis=1), keys, values
+
+    for begin, end in itertools.pairwise(edges):
+        whole = (end - begin) // piece
+        step = lambda i, carry, begin=begin, end=end: run(carry, begin + i * piece, piece, end)
+        carry = jax.lax.fori_loop(0, whole, step, carry) if whole else carry
+        if rest := (end - begin) % piece:
+            carry = run(carry, end - rest, rest, end)
+    return carry[0], carry[1:]
 
 
 def _policy(keeps: str) -> Any:

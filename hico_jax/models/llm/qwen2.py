@@ -19,7 +19,7 @@ from hico_jax.convert.rules import Rule
 from hico_jax.kernels.decode import contract, contract_all
 from hico_jax.models import attention, layers
 from hico_jax.models.llm import cache as kv_cache
-from hico_jax.models.llm import decoder, reuse
+from hico_jax.models.llm import decoder, lanes, reuse
 from hico_jax.models.llm.decoder import Place, Stream
 from hico_jax.parallel.sharding import lookup, shard
 from hico_jax.shapes import Array, Bool, Float, Int
@@ -299,13 +299,38 @@ class Block(nnx.Module):
         keys: Array,
         values: Array,
         layer: Array,
-        at: int,
+        at: int | Int[Array, ""],
         segments: Int[Array, "B S"],
+        lane: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B Q D"], Array, Array]:
-        """`decode` for several tokens, which are written from place `at` on and see what stands before them."""
+        """`decode` for several tokens, written from place `at` on, which see what stands before them.
+
+        `segments` are those of the cache's first places, behind which nothing is looked at; with `lane` of that row.
+        """
         q, k, v = self.attn.query_key_value(self.input_norm(x), place)
-        keys, values = (kv_cache.write_at(a, layer, at, b) for a, b in ((keys, k), (values, v)))
-        mixed = attention.attend_some(q, keys[layer], values[layer], place.segments, segments, at)
+        keys, values = (kv_cache.write_at(a, layer, at, b, lane) for a, b in ((keys, k), (values, v)))
+        seen = (kv_cache.read(a, layer, segments.shape[1], lane) for a in (keys, values))
+        x = x + self.attn.out(attention.attend_some(q, *seen, place.segments, segments, at))
+        return x + layers.in_slices(lambda x: self.mlp(self.post_norm(x)), x, place.slice), keys, values
+
+    def step(
+        self,
+        x: Float[Array, "R 1 D"],
+        place: Place,
+        keys: Array,
+        values: Array,
+        layer: Array,
+        rows: Int[Array, " R"] | None,
+        at: Int[Array, " R"],
+        visible: Bool[Array, "R S"],
+    ) -> tuple[Float[Array, "R 1 D"], Array, Array]:
+        """`decode` for lanes that are filled differently far (`lanes.step`)."""
+        q, k, v = self.attn.query_key_value(self.input_norm(x), place)
+        keys, values = (lanes.write_rows(a, layer, rows, at, b) for a, b in ((keys, k), (values, v)))
+        if rows is None:
+            mixed = attention.attend_one(q, keys, values, visible, layer)
+        else:
+            mixed = attention.attend_one(q, keys[layer, rows], values[layer, rows], visible)
         x = x + self.attn.out(mixed)
         return x + self.mlp(self.post_norm(x)), keys, values
 
@@ -324,9 +349,18 @@ class Qwen2(nnx.Module):
         )
 
     def __call__(
-        self, stream: Stream, plan: DropPlan | None, *, schedule: DropSchedule = NO_DROP, cache_room: int = 0
+        self,
+        stream: Stream,
+        plan: DropPlan | None,
+        *,
+        schedule: DropSchedule = NO_DROP,
+        cache_room: int = 0,
+        piece: int = 0,
     ) -> tuple[Stream, kv_cache.Cache | None]:
-        """All layers and the last norm; with `cache_room`, also a cache with that many free places."""
+        """All layers and the last norm; with `cache_room`, also a cache with that many free places.
+
+        `piece` tokens run at a time where there is a cache (0: all).
+        """
         stream, cache, _ = decoder.run(
             self.blocks,
             stream,
@@ -335,6 +369,7 @@ class Qwen2(nnx.Module):
             angles=self.angles,
             remat=self.config.remat_keeps if self.config.remat else "",
             cache_room=cache_room,
+            piece=piece,
         )
         return stream.replace(x=self.norm(stream.x)), cache
 
@@ -355,6 +390,25 @@ class Qwen2(nnx.Module):
         """A question behind what is remembered, and the last norm."""
         stream, cache = reuse.resume(self.blocks, memory, question, plan, schedule=schedule, angles=self.angles)
         return stream.replace(x=self.norm(stream.x)), cache
+
+    def extend(self, *args: Any, **static: Any) -> tuple[Array, lanes.Lanes, Array]:
+        """A piece of one lane's prompt through a group of layers: `lanes.extend` from its second argument on."""
+        return lanes.extend(self.blocks, *args, **static, angles=self.angles)
+
+    def step(
+        self, held: lanes.Lanes, x: Float[Array, "R 1 D"], rows: Int[Array, " R"] | None, lengths: Int[Array, "G R"]
+    ) -> tuple[Float[Array, "R 1 D"], lanes.Lanes]:
+        """One more token of several lanes; returns its hidden state and the lanes that hold it."""
+        x, held = lanes.step(self.blocks, held, x, rows, lengths, angles=self.angles)
+        return self.norm(x), held
+
+    def select(self, *args: Any, **static: Any) -> tuple[Array, Array, Array]:
+        """An attention-guided stage for one lane: `lanes.select` from its second argument on."""
+        return lanes.select(self.blocks, *args, **static, angles=self.angles)
+
+    def attended(self, *args: Any, **static: Any) -> Float[Array, " S"]:
+        """What a lane's last token looks at: `lanes.attended` from its second argument on."""
+        return lanes.attended(self.blocks, *args, **static, angles=self.angles)
 
     def trace(self, stream: Stream, plan: DropPlan, *, schedule: DropSchedule) -> tuple[decoder.Stage, ...]:
         """Which tokens are alive after each stage of the drop, and the scores that chose them."""
