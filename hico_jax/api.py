@@ -225,14 +225,17 @@ class Model:
             made = generate.generate(model, self._prompt(model, ids, visuals), config)
         return made.ids[0, : made.lengths[0]].tolist()
 
-    def _reply(self, turns: Sequence[Mapping[str, Any]], settings: GenerationConfig | None) -> Answer:
-        """The answer to the last turn, each turn with what it brings under `seen`."""
-        settings = settings or GenerationConfig(eos=self.tokenizer.eos_ids)
+    def row(self, turns: Sequence[Mapping[str, Any]]) -> tuple[layout.Row, list[Film | Pictures]]:
+        """The prompt of a talk, and everything seen in it in the order of its placeholders.
+
+        Raises:
+          ValueError: media that the model does not take there, or a row that is too long.
+        """
         brought = [turn.get("seen", ()) for turn in turns]
         told = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
         if not any(brought[1:]) and all(isinstance(one, Film) for one in brought[0]) and len(brought[0]) < 2:
-            film = brought[0][0] if brought[0] else None  # of one size for many questions
-            return self.viewer.ask(film, told[-1]["content"], history=told[:-1], config=settings)
+            film = brought[0][0] if brought[0] else None
+            return self.viewer.row(film, told[-1]["content"], told[:-1]), list(brought[0])
         if self.hico.config.projector == "norm_mlp":
             raise ValueError("the InternVL HiCo models take one film in the first turn; ask about each film alone")
         for turn, media in zip(told, brought, strict=True):
@@ -241,7 +244,27 @@ class Model:
                 count = sum(1 if isinstance(one, Film) else len(one.visuals) for one in media)
                 turn["content"] = chat.first_question(turn["content"], " ".join(map(str.strip, times)), count)
         ids = chat.prompt_ids(self.tokenizer, told)
-        batch, visual = self._seen([one for media in brought for one in media], ids)
+        seen = [one for media in brought for one in media]
+        visuals = [
+            v
+            for one in seen
+            for v in ([layout.Visual(num_clips=one.num_clips)] if isinstance(one, Film) else one.visuals)
+        ]
+        return layout.row(ids, None, visuals, self.geometry), seen
+
+    def _reply(self, turns: Sequence[Mapping[str, Any]], settings: GenerationConfig | None) -> Answer:
+        """The answer to the last turn, each turn with what it brings under `seen`."""
+        settings = settings or GenerationConfig(eos=self.tokenizer.eos_ids)
+        row, media = self.row(turns)
+        if (
+            len(media) < 2
+            and all(isinstance(one, Film) for one in turns[0].get("seen", ()))
+            and not any(turn.get("seen") for turn in turns[1:])
+        ):
+            told = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+            (film,) = [one for one in media if isinstance(one, Film)] or (None,)  # of one size for many questions
+            return self.viewer.ask(film, told[-1]["content"], history=told[:-1], config=settings)
+        batch, visual = self._seen(row, media)
         began = time.perf_counter()
         made = generate.generate(self.hico, (batch, visual), settings)
         seconds = time.perf_counter() - began
@@ -251,17 +274,11 @@ class Model:
         tokens = int((np.asarray(batch.segments) > 0).sum())
         return Answer(text, tuple(said), tokens, count, self.geometry.drop.kept(count), seconds)
 
-    def _seen(self, media: Sequence[Film | Pictures], ids: Sequence[int]) -> tuple[Batch, Float[Array, "1 S D"]]:
-        """The row of a talk, and the visual tokens of everything seen in it: films first, then pictures."""
+    def _seen(self, row: layout.Row, media: Sequence[Film | Pictures]) -> tuple[Batch, Float[Array, "1 S D"]]:
+        """The batch of one talk, and the visual tokens of everything seen in it: films first, then pictures."""
         films = [one for one in media if isinstance(one, Film)]
-        visuals = [
-            v
-            for one in media
-            for v in ([layout.Visual(num_clips=one.num_clips)] if isinstance(one, Film) else one.visuals)
-        ]
         parts = [f.visual[:, : f.num_clips * self.geometry.tokens_per_clip] for f in films]
         parts += [one.visual for one in media if isinstance(one, Pictures)]
-        row = layout.row(ids, None, visuals, self.geometry)
         length = min(-(-len(row) // PAD) * PAD, self.geometry.max_length)
         batch = layout.collate([row], self.geometry, length, training=False, pixels=False, drop_multiple=32)
         return batch, jnp.concatenate(parts, axis=1)
@@ -323,6 +340,7 @@ class Pictures:
 
     visuals: tuple[layout.Visual, ...]
     visual: Float[Array, "1 S D"]
+    uid: int = dataclasses.field(default_factory=film.UIDS.__next__)  # tells equal-looking media apart
 
 
 class Chat:

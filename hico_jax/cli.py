@@ -29,6 +29,7 @@ from hico_jax.options import (
     parse_drop,
     positive,
     seconds,
+    serve_options,
 )
 
 OK, BROKEN, MISUSED, AGAIN, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 75, 130, 141
@@ -294,6 +295,14 @@ COMMANDS: dict[str, Command] = {
         'examples:\n  hico ask film.mp4 "What happens?" --model weights/\n'
         '  hico ask film.mp4 -q "Who is there?" -q "When do they leave?" --start 60 --end 120',
         check=_check_ask,
+    ),
+    "serve": Command(
+        "hico_jax.serve.command:main",
+        "answer over HTTP as OpenAI's API does, with a page to ask on",
+        serve_options,
+        "examples:\n  hico serve --model runs/demo/model\n"
+        "  HICO_API_KEY=secret hico serve --model weights/ --host 0.0.0.0 --lanes 8x4096,2x32768",
+        resume="Uploads are gone; start it again any time.",
     ),
     "train": Command(
         "hico_jax.train:main",

@@ -8,9 +8,10 @@ Next: hico_jax/generate.py
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from hico_jax.models.hico import HiCo
 from hico_jax.shapes import Array, Float, Int, UInt8, ndarray
 
 INFERENCE = Sampling("dynamic_fps1", 64, 512, 8)  # what `chat` of the released models uses
+UIDS = itertools.count(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Film:
     num_clips: int
     read_s: float  # decoding and resizing
     encode_s: float  # tower, merging and projector
+    uid: int = dataclasses.field(default_factory=UIDS.__next__)  # tells equal-looking media apart
 
     @property
     def num_frames(self) -> int:
@@ -91,20 +94,32 @@ class Viewer:
         info = video.open_video(path, reader)
         indices, duration = video.choose(info, self.sampling, start=start, end=end)
         clips = layout.Visual.film(len(indices), self.geometry).num_clips
-        self._check_room(path, clips)
-        read_s, encode_s, parts = 0.0, 0.0, []
+        self.check_room(path, clips)
+        return self.assemble(path, self._chunks(path, indices, order), indices, info.fps, duration)
+
+    def assemble(
+        self,
+        path: str | os.PathLike[str],
+        chunks: Iterable[UInt8[ndarray, "T height width 3"]],
+        indices: Int[ndarray, " T"],
+        fps: float,
+        duration: float,
+        run: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+    ) -> Film:
+        """A film of frames that somebody reads, `clips_per_step` clips at a time. `run` does the work on the device."""
+        clips, read_s, encode_s, parts = len(indices) // self.geometry.frames_per_clip, 0.0, 0.0, []
         began = time.perf_counter()
-        for frames in self._chunks(path, indices, order):
+        for frames in chunks:
             read_s += time.perf_counter() - began
             began = time.perf_counter()
-            parts.append(jax.block_until_ready(self._encode(frames)))
+            parts.append(run(lambda frames=frames: jax.block_until_ready(self._encode(frames))))
             encode_s += time.perf_counter() - began
             began = time.perf_counter()
         per_clip = self.geometry.tokens_per_clip
         room = ladder(clips, 4) * per_clip
         visual = jnp.concatenate(parts, axis=1)[:, :room]
         visual = jnp.pad(visual, ((0, 0), (0, room - visual.shape[1]), (0, 0)))
-        return Film(os.fspath(path), visual, indices, info.fps, duration, clips, read_s, encode_s)
+        return Film(os.fspath(path), visual, indices, fps, duration, clips, read_s, encode_s)
 
     def _chunks(
         self, path: str | os.PathLike[str], indices: Int[ndarray, " T"], order: Int[ndarray, " T"] | None
@@ -131,7 +146,7 @@ class Viewer:
         none = np.zeros((1, 0, *frames.shape[1:]), np.uint8)
         return encode(self.model, clips, none)[:, : count * self.geometry.tokens_per_clip]
 
-    def _check_room(self, path: str | os.PathLike[str], clips: int) -> None:
+    def check_room(self, path: str | os.PathLike[str], clips: int) -> None:
         tokens = clips * self.geometry.tokens_per_clip
         if tokens >= self.geometry.max_length:
             raise ValueError(

@@ -174,3 +174,52 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
 def _drop_text(text: str) -> str:
     parse_drop(text)
     return text
+
+
+def serve_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `hico serve`. Keys come from HICO_API_KEY or HICO_API_KEYS, so that no process list shows them."""
+    parser.add_argument("--model", metavar="FOLDER", help="released, exported or trained weights (runs/demo/model)")
+    parser.add_argument("--name", metavar="NAME", help="of the model, in the protocol (the folder's)")
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen (%(default)s); others need HICO_API_KEY")
+    parser.add_argument("--port", metavar="N", type=count, default=8000, help="0 takes a free one (%(default)s)")
+    parser.add_argument("--host-name", metavar="NAME", action="append", default=[], help="a name it may be called by")
+    asked = parser.add_argument_group("how it answers")
+    asked.add_argument("--lanes", metavar="NxTOKENS,..", type=parse_lanes, help="conversations at once, by size")
+    asked.add_argument("--piece", metavar="N", type=positive, help="tokens of a prompt between two of an answer")
+    asked.add_argument("--queue", metavar="N", type=positive, default=64, help="how many may wait (%(default)s)")
+    asked.add_argument("--drop", metavar="KIND:LAYERS:RATIOS", type=parse_drop, help="as of `hico ask`")
+    asked.add_argument("--max-frames", metavar="N", type=positive, help="of a video (the model's own limit)")
+    asked.add_argument("--max-new-tokens", metavar="N", type=positive, default=1024, help="(%(default)s)")
+    asked.add_argument("--no-warm", action="store_true", help="listen at once; the first requests compile")
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--allow-host", metavar="HOST", action="append", default=[], help="whose URLs are read (none)")
+    limits.add_argument("--max-upload", metavar="BYTES", type=positive, default=512 << 20, help="(%(default)s)")
+    limits.add_argument("--max-seconds", metavar="S", type=seconds, default=14400.0, help="of a video (%(default)s)")
+    limits.add_argument(
+        "--max-source-frames", metavar="N", type=positive, default=36_000, help="in a video, seen or not (%(default)s)"
+    )
+    limits.add_argument("--read-seconds", metavar="S", type=seconds, default=120.0, help="to read one (%(default)s)")
+    limits.add_argument("--request-seconds", metavar="S", type=seconds, default=300.0, help="to answer (%(default)s)")
+    limits.add_argument("--connections", metavar="N", type=positive, default=256, help="at once (%(default)s)")
+    limits.add_argument("--work", metavar="DIR", help="where uploads are kept until it stops (a temporary folder)")
+
+
+def parse_lanes(text: str) -> tuple[tuple[int, int], ...]:
+    """`NxTOKENS,NxTOKENS` as numbers.
+
+    Example:
+      >>> parse_lanes("8x2048,1x32768")
+      ((8, 2048), (1, 32768))
+
+    Raises:
+      argparse.ArgumentTypeError: something that is no pair of positive numbers.
+    """
+    try:
+        pairs = tuple((int(n), int(size)) for n, size in (part.split("x") for part in text.split(",")))
+    except ValueError:
+        pairs = ()
+    if not pairs or any(n < 1 or size < 64 for n, size in pairs):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} does not read as NxTOKENS,NxTOKENS with at least 64 tokens, for example 8x2048,1x32768"
+        )
+    return pairs

@@ -73,6 +73,7 @@ RULES: dict[str, tuple[str, ...]] = {
         "hico_jax.step", "hico_jax.first_batch", "hico_jax.overview", "data_pipeline.loader",
     ),
     "hico_jax.film": (*_CONTRACT, "hico_jax.models.hico", "hico_jax.generate", "data_pipeline"),
+    "hico_jax.serve": ("hico_jax", "data_pipeline"),
     "hico_jax.evals": (
         *_CONTRACT, "hico_jax.parallel", "hico_jax.film", "hico_jax.generate", "hico_jax.ask", "hico_jax.models",
         "hico_jax.registry", "hico_jax.report", "hico_jax.options", "data_pipeline",
@@ -127,6 +128,16 @@ TESTED_ELSEWHERE = {
     "hico_jax/data.py": "tests/data_pipeline/test_check.py",
     "data_pipeline/prepare.py": "tests/data_pipeline/test_records.py",
     "hico_jax/models/vision/patches.py": "tests/hico_jax/models/vision/test_umt.py",
+    "hico_jax/serve/prompts.py": "tests/hico_jax/serve/test_session.py",
+    "hico_jax/serve/saved.py": "tests/hico_jax/serve/test_session.py",
+    "hico_jax/serve/pool.py": "tests/hico_jax/serve/test_engine.py",
+    "hico_jax/serve/media.py": "tests/hico_jax/serve/test_app.py",
+    "hico_jax/serve/protocol.py": "tests/hico_jax/serve/test_app.py",
+    "hico_jax/serve/bodies.py": "tests/hico_jax/serve/test_app.py",
+    "hico_jax/serve/replies.py": "tests/hico_jax/serve/test_app.py",
+    "hico_jax/serve/meters.py": "tests/hico_jax/serve/test_app.py",
+    "hico_jax/serve/timed.py": "tests/hico_jax/serve/test_app.py",
+    "hico_jax/serve/sampling.py": "tests/hico_jax/serve/test_engine.py",
     "hico_jax/report/style.py": "tests/hico_jax/report/test_page.py",
 }
 

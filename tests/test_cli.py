@@ -41,6 +41,11 @@ SURFACE = {
         "--seconds", "--benchmark", "--annotations", "--videos", "--subtitles", "--limit",
     },
     "bench": {"--model", "--out", "--frames", "--film", "--drop", "--max-tokens", "--timeout", "--fresh"},
+    "serve": {
+        "--model", "--name", "--host", "--port", "--host-name", "--lanes", "--piece", "--queue", "--drop", "--max-frames",
+        "--max-new-tokens", "--no-warm", "--allow-host", "--max-upload", "--max-seconds", "--max-source-frames",
+        "--read-seconds", "--request-seconds", "--connections", "--work",
+    },
     "plan": set(),
     "world": {"--out", "--preset", "--seed", "--film", "--seconds", "--needle-at"},
     "convert": {

@@ -103,8 +103,8 @@ def run(
     """All layers of `blocks` (stacked), dropping visual tokens after the layers `schedule` names.
 
     `remat` is empty (keep all activations) or one of `KEEPS`. `first` and `last` choose some of the groups of layers
-    between the stages of the drop; the stage before the first one is done. With a cache, `piece` runs that many tokens at
-    a time: the result is the same, and memory for activations no longer grows with the row.
+    between the stages of the drop; the stage before the first one is done. With a cache, `piece` runs that many tokens
+    at a time: the result is the same, and memory for activations no longer grows with the row.
 
     Raises:
       ValueError: the schedule drops but the batch has no plan, or rows are not dealt as the mesh splits them.

@@ -309,8 +309,8 @@ class Block(nnx.Module):
         """
         q, k, v = self.attn.query_key_value(self.input_norm(x), place)
         keys, values = (kv_cache.write_at(a, layer, at, b, lane) for a, b in ((keys, k), (values, v)))
-        seen = (kv_cache.read(a, layer, segments.shape[1], lane) for a in (keys, values))
-        x = x + self.attn.out(attention.attend_some(q, *seen, place.segments, segments, at))
+        k, v = (kv_cache.read(a, layer, segments.shape[1], lane) for a in (keys, values))
+        x = x + self.attn.out(attention.attend_some(q, k, v, place.segments, segments, at))
         return x + layers.in_slices(lambda x: self.mlp(self.post_norm(x)), x, place.slice), keys, values
 
     def step(

@@ -14,7 +14,7 @@ from flax import nnx
 from data_pipeline.drop import plan_drop
 from hico_jax import generate
 from hico_jax.batch import Batch, DropSchedule
-from hico_jax.generate import GenerationConfig
+from hico_jax.generate import NO_DROP, GenerationConfig
 from hico_jax.models.llm import qwen2
 from hico_jax.models.llm.decoder import Stream
 from hico_jax.models.llm.lanes import Lanes, copy
@@ -28,7 +28,7 @@ def llm() -> qwen2.Qwen2:
     return qwen2.VARIANTS["tiny"].build(rngs=nnx.Rngs(params=3))
 
 
-def whole(llm: qwen2.Qwen2, ids: np.ndarray, drop: DropSchedule = DropSchedule(), visual: int = 0) -> Any:
+def whole(llm: qwen2.Qwen2, ids: np.ndarray, drop: DropSchedule = NO_DROP, visual: int = 0) -> Any:
     """A stream and its plan; the rows' ids are 0 behind their ends."""
     real = ids > 0
     index = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)

@@ -1,0 +1,133 @@
+"""`hico serve`: a model behind OpenAI's protocol, with a page to ask it on.
+
+In: the command's options. Out: a server that runs until it is told to stop.
+Next: hico_jax/serve/app.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import os
+import pathlib
+import sys
+import tempfile
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+from hico_jax import api, ask
+from hico_jax.api import Model
+from hico_jax.serve.engine import Engine
+from hico_jax.serve.pool import PIECE
+
+MISSING = "`hico serve` needs more packages: pip install -e '.[serve]' in a checkout, or starlette, uvicorn and so on"
+
+
+def main(args: argparse.Namespace) -> int:
+    """Load, compile, listen.
+
+    Raises:
+      ValueError: no weights, options that do not fit together, or packages that are not installed.
+    """
+    try:
+        import uvicorn
+
+        from hico_jax.serve import app, fetch, media
+        from hico_jax.serve.decoder import Limits
+        from hico_jax.serve.timed import protocol
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed; {MISSING}") from error
+    keys = tuple(k for k in os.environ.get("HICO_API_KEYS", os.environ.get("HICO_API_KEY", "")).split(",") if k)
+    if not app.local(args.host) and not keys:
+        raise ValueError(
+            f"--host {args.host} can be reached by others, so a key is needed: set HICO_API_KEY, or listen on 127.0.0.1"
+        )
+    folder = args.model or ask.DEFAULT_MODEL
+    if args.model is None and not pathlib.Path(folder).is_dir():
+        raise ValueError(f"no model was named and there is none in {folder}; give one with --model, or run `hico demo`")
+    began = time.perf_counter()
+    model = api.load(folder)
+    if args.drop is not None:
+        from hico_jax.batch import DropSchedule
+
+        model = Model(ask.with_drop(model.hico, DropSchedule(*args.drop)), model.folder, eos=model.eos)
+    engine = Engine(
+        model.hico, model.tokenizer, buckets=args.lanes or lanes(model), piece=args.piece or PIECE, queue=args.queue
+    )
+    work = tempfile.TemporaryDirectory(prefix="hico_serve_", dir=args.work)
+    limits = Limits(
+        duration_s=args.max_seconds, source_frames=args.max_source_frames, seconds=args.read_seconds,
+    )  # fmt: skip
+    allowance = media.Allowance(file_bytes=args.max_upload)
+    store = media.Store(
+        work.name, model, engine.call, limits=limits, allowance=allowance, max_frames=args.max_frames
+    )  # fmt: skip
+    allowed = tuple(args.allow_host)
+    fetching = functools.partial(fetch.fetch, hosts=allowed, most=args.max_upload) if allowed else None
+    options = app.Options(
+        name=args.name or pathlib.Path(folder).name, api_keys=keys, max_new_tokens=args.max_new_tokens,
+        request_s=args.request_seconds, hosts=names(args.host, args.host_name),
+        fetch=fetching,
+    )  # fmt: skip
+    server = app.Server(model, engine, store, options)
+    if not args.no_warm:
+        print("compiling (--no-warm leaves it to the first requests) ...", file=sys.stderr, flush=True)
+        warm(engine, model)
+    engine.start()
+    config = uvicorn.Config(
+        server.app(), host=args.host, port=args.port, log_level="warning", http=protocol(), ws="none", lifespan="off",
+        limit_concurrency=args.connections, timeout_keep_alive=10, server_header=False,
+        timeout_graceful_shutdown=10,
+    )  # fmt: skip
+    try:
+        running = uvicorn.Server(config)
+        threading.Thread(target=_announce, args=(running, time.perf_counter() - began), daemon=True).start()
+        asyncio.run(running.serve())
+        if not running.started:
+            raise ValueError(f"could not listen on {args.host}:{args.port}; is another program there? choose --port")
+    finally:
+        engine.close()
+        store.close()
+        work.cleanup()
+    return 0
+
+
+def _announce(server: Any, seconds: float) -> None:
+    """Say the address once it answers; with port 0 only then is it known."""
+    while not server.started:
+        time.sleep(0.02)
+    host, port = server.servers[0].sockets[0].getsockname()[:2]
+    print(
+        f"ready after {seconds:.1f} s: http://{f'[{host}]' if ':' in host else host}:{port}/",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def names(host: str, extra: list[str]) -> tuple[str, ...]:
+    """By which names the server may be called: a page that renames itself to our address may not."""
+    if host in ("0.0.0.0", "::"):
+        return tuple(extra)  # with a key; any name unless some are given
+    return ("127.0.0.1", "localhost", "[::1]", host, *extra)
+
+
+def lanes(model: Model) -> tuple[tuple[int, int], ...]:
+    """Lanes of a few sizes up to the model's longest row."""
+    longest = model.geometry.max_length
+    sizes = [(8, 2048), (4, 8192)]
+    return (*((n, size) for n, size in sizes if size < longest), (1 if longest > 65536 else 2, longest))
+
+
+def warm(engine: Engine, model: Model) -> None:
+    """Compile before anybody waits."""
+    from hico_jax.serve.prompts import prompt
+
+    row, media = model.row([{"role": "user", "content": "Hello?", "seen": ()}])
+    for pool in engine.pools:
+        pool.warm(prompt(row, media, model.geometry))
+    blank = np.zeros((model.geometry.frames_per_clip, model.geometry.image_px, model.geometry.image_px, 3), np.uint8)
+    model.viewer._encode(blank)

@@ -1,0 +1,378 @@
+"""Lanes of one size: prompts run in pieces, and continue from what a lane holds already.
+
+A lane remembers the row that ran in it last. A new prompt that begins alike (same text, same film, same owner) runs
+only from where it differs, so a second question about a film costs its own tokens. What may be kept of a model that
+drops visual tokens is what no question changes: the layers before the first attention-guided stage, and what enters it.
+
+In: `Prompt`s and settings. Out: tokens. The engine and the session decide whose turn it is.
+Next: hico_jax/serve/engine.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hico_jax.generate import GenerationConfig, logits_of
+from hico_jax.models.hico import HiCo
+from hico_jax.models.llm import lanes as device
+from hico_jax.serve import sampling
+from hico_jax.serve.prompts import Prompt
+from hico_jax.shapes import Array, Float, Int, ndarray
+
+PIECE = 256  # tokens of a prompt that run at a time
+NOWHERE = 2**30  # beyond every buffer
+
+
+class NoRoomError(ValueError):
+    """A prompt and its answer do not fit a lane."""
+
+
+@dataclasses.dataclass
+class Lane:
+    """What the host knows of a lane."""
+
+    index: int
+    lengths: Int[ndarray, " G"]  # filled places of each group
+    held: Prompt | None = None  # whose beginning may be continued
+    entering: Any = None  # Float[S D]: what enters the first attention-guided stage
+    busy: bool = False
+    used: int = 0  # when; the one unused longest is given away first
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """Attention of a prompt's last token to its visual tokens, in the layer that would choose among them."""
+
+    origins: Int[ndarray, " M"]  # places of the row
+    weights: Float[ndarray, " M"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """A prompt has run: the logits behind it."""
+
+    logits: Float[Array, "1 V"]
+    reused: int  # tokens that did not have to run
+    look: Look | None = None
+
+
+class Pool:
+    """`count` lanes that hold rows of up to `capacity` tokens, answer included.
+
+    Layers behind a drop hold fewer visual tokens, so their part of a lane is shorter by the schedule's ratio, but never
+    shorter than `text_room`.
+    """
+
+    def __init__(self, model: HiCo, *, count: int, capacity: int, piece: int = PIECE, text_room: int = 2048) -> None:
+        self.model, self.capacity, self.text_room = model, capacity, min(text_room, capacity)
+        self.piece = min(piece, capacity)
+        self.schedule = model.config.drop
+        self.guided = self.schedule.num_stages - self.schedule.num_uniform  # attention-guided stages
+        self.edges = device.bounds(self.schedule, model.config.llm.num_layers)
+        ratios = self.schedule.ratios if self.schedule.num_stages else (1.0,)
+        self.places = [min(capacity, int(np.ceil(capacity * r)) + self.text_room) for r in ratios]
+        self.places[0] = capacity
+        self.dtype = jnp.dtype(model.config.dtype)
+        sizes = [size + self.piece for size in self.places]  # a piece's padding is written, too
+        self.state = device.Lanes.empty(model.config.llm, self.schedule, count, sizes, self.dtype)
+        self.seen = jnp.zeros((count, model.config.llm.vocab_size), bool)
+        self.lanes = [Lane(i, np.zeros(len(sizes), np.int32)) for i in range(count)]
+        self.clock = itertools.count(1)
+
+    @property
+    def num_bytes(self) -> int:
+        """What the lanes take on the device."""
+        return sum(a.nbytes for a in jax.tree.leaves(self.state))
+
+    def check(self, prompt: Prompt, max_new_tokens: int) -> None:
+        """Whether a prompt and its answer fit.
+
+        Raises:
+          NoRoomError: they do not.
+        """
+        text = len(prompt) - prompt.num_visual
+        counts = [len(prompt), *(text + kept for kept in prompt.kept)]
+        for count, places in zip(counts, self.places, strict=True):
+            if count + max_new_tokens > places:
+                raise NoRoomError(
+                    f"the conversation has {len(prompt)} tokens ({prompt.num_visual} visual) and may grow by "
+                    f"{max_new_tokens}, but there is room for {places} in every layer; ask for fewer frames or tokens"
+                )
+
+    def free(self) -> list[Lane]:
+        """Lanes that nobody uses, the one unused longest first."""
+        return sorted((lane for lane in self.lanes if not lane.busy), key=lambda lane: lane.used)
+
+    def best(self, prompt: Prompt) -> tuple[Lane | None, int]:
+        """The free lane to take, and how many tokens of the prompt it holds.
+
+        A busy lane that holds much more of it is copied into the lane unused longest.
+        """
+        free = self.free()
+        if not free:
+            return None, 0
+        match = {lane.index: self.common(lane, prompt) for lane in self.lanes}
+        lane = max(free, key=lambda one: (match[one.index], -one.used))
+        source = max(self.lanes, key=lambda one: match[one.index])
+        if match[source.index] < match[lane.index] + self.piece:
+            if not match[lane.index]:
+                lane = free[0]
+            return lane, match[lane.index]
+        lane, held = free[0], source.held
+        self.state = _copy(self.state, np.int32(source.index), np.int32(lane.index))
+        lane.held, lane.lengths = held, source.lengths.copy()
+        lane.entering = None if source.entering is None else jnp.copy(source.entering)  # each is written in place
+        return lane, match[source.index]
+
+    def common(self, lane: Lane, prompt: Prompt) -> int:
+        """How many of a prompt's first tokens need not run in a lane."""
+        held = lane.held
+        if held is None or held.owner != prompt.owner:
+            return 0
+        same = min(_common(held.names, prompt.names), len(prompt) - 1)
+        for stage in range(1, self.schedule.num_uniform + 1):
+            ours, theirs = prompt.rows(stage), held.rows(stage)
+            count = _common(prompt.names[ours], held.names[theirs])
+            if count < len(ours):
+                same = min(same, int(ours[count]))
+        return same
+
+    def fill(self, lane: Lane, prompt: Prompt, *, look: bool = False) -> Iterator[Ready | None]:
+        """Run a prompt in a lane, a piece at every step; the last step brings what is behind it.
+
+        The lane may be left at any step: it then holds nothing.
+        """
+        same = self.common(lane, prompt)
+        lane.busy, lane.held, lane.used = True, None, next(self.clock)
+        x, trail, count = None, None, 0
+        shallow = self.schedule.num_uniform + 1 if self.guided else len(self.edges) - 1
+        buffers: list[Any] = [None] * len(self.places)
+        if self.guided and lane.entering is None:
+            lane.entering = self._buffer(shallow - 1)
+        for group in range(shallow):
+            rows = prompt.rows(group)
+            done = int(np.searchsorted(rows, same))
+            following = prompt.rows(group + 1) if group + 1 < shallow else rows if self.guided else None
+            for at in range(done, len(rows), self.piece):
+                origins = rows[at : at + self.piece]
+                count = len(origins)
+                source = self._embedded(prompt, origins) if group == 0 else (buffers[group], np.int32(at))
+                x, trail = self._piece(lane, group, at, count, len(rows), source)
+                lane.lengths[group] = at + count
+                if following is not None:
+                    target = self._targets(origins, following)
+                    if group + 1 == shallow:
+                        lane.entering = _scatter(lane.entering, x, target)
+                    else:
+                        buffers[group + 1] = (
+                            self._buffer(group + 1) if buffers[group + 1] is None else buffers[group + 1]
+                        )
+                        buffers[group + 1] = _scatter(buffers[group + 1], x, target)
+                yield None
+            lane.lengths[group] = len(rows)
+        entering, origins, seen = lane.entering, prompt.rows(self.schedule.num_uniform) if self.guided else None, None
+        for stage in range(self.schedule.num_uniform, self.schedule.num_stages):
+            assert origins is not None
+            visual = np.zeros(entering.shape[0], np.int32)
+            visual[: len(origins)] = prompt.slots[origins] >= 0
+            entering, where, scores = _select(
+                self.model.llm, entering, visual, np.int32(len(origins)), np.int32(prompt.kept[stage]),
+                layer=self.schedule.layers[stage], kept=self.places[stage + 1] + self.piece,
+            )  # fmt: skip
+            if look and seen is None:
+                seen = (origins, scores)
+            group, number = stage + 1, len(prompt) - prompt.num_visual + prompt.kept[stage]
+            for at in range(0, number, self.piece):
+                count = min(self.piece, number - at)
+                x, trail = self._piece(lane, group, at, count, number, (entering, np.int32(at)))
+                yield None
+            lane.lengths[group] = number
+            if stage + 1 < self.schedule.num_stages:
+                origins = origins[np.asarray(where)[:number]]
+        assert x is not None
+        lane.held = prompt
+        yield Ready(_logits(self.model.llm, x, np.int32(count - 1)), same, self._look(lane, prompt, trail, seen, look))
+
+    def _embedded(self, prompt: Prompt, origins: ndarray) -> tuple[Any, ...]:
+        pad = (0, self.piece - len(origins))
+        slots = np.pad(prompt.slots[origins], pad, constant_values=-1)
+        visual = prompt.visual
+        if not visual.shape[1]:
+            visual = jnp.zeros((1, 1, self.model.config.llm.embed_dim), self.dtype)
+        return np.pad(prompt.tokens[origins], pad), slots, visual
+
+    def _piece(
+        self, lane: Lane, group: int, at: int, count: int, total: int, source: tuple[Any, ...]
+    ) -> tuple[Any, Any]:
+        size = self.places[group] + self.piece
+        seen = min(size, self.piece << (max(0, -(-(at + self.piece) // self.piece) - 1)).bit_length())
+        where = np.array([lane.index, at, count, total - 1], np.int32)
+        run = _first_piece if group == 0 else _next_piece
+        x, self.state, trail = run(
+            self.model.llm, self.state, *source, where, group=group, first=self.edges[group], seen=seen, **(
+                {} if group == 0 else {"piece": self.piece}
+            ),
+        )  # fmt: skip
+        return x, trail
+
+    def _buffer(self, group: int) -> Float[Array, "S D"]:
+        return jnp.zeros((self.places[group] + self.piece, self.model.config.llm.embed_dim), self.dtype)
+
+    def _targets(self, origins: ndarray, following: ndarray) -> Int[ndarray, " Q"]:
+        """Where the survivors of a piece stand in the next group; beyond the end for the others."""
+        place = np.searchsorted(following, origins)
+        alive = following[np.minimum(place, len(following) - 1)] == origins
+        out = np.full(self.piece, NOWHERE, np.int32)
+        out[: len(origins)] = np.where(alive, place, NOWHERE)
+        return out
+
+    def _look(self, lane: Lane, prompt: Prompt, trail: Any, seen: Any, wanted: bool) -> Look | None:
+        """What the last token attends to: in the layer that chose, or in the middle one of a model that does not."""
+        if not wanted or not prompt.num_visual:
+            return None
+        if seen is None:
+            group = len(self.edges) - 2
+            layer = max(0, self.model.config.llm.num_layers // 2 - self.edges[group])
+            rows = prompt.rows(group)
+            weights = _attended(
+                self.model.llm, self.state, trail[layer], np.int32(lane.index), np.int32(len(rows)),
+                group=group, first=self.edges[group], layer=layer,
+            )  # fmt: skip
+        else:
+            rows, weights = seen
+        weights = np.asarray(weights, np.float32)[: len(rows)]
+        visual = prompt.slots[rows] >= 0
+        return Look(rows[visual], weights[visual])
+
+    def first(self, lane: Lane, ready: Ready, config: GenerationConfig, *, top: bool = False) -> sampling.Said:
+        """The first token of an answer."""
+        knobs = sampling.knobs([config], [0])
+        said, self.seen = _first(
+            ready.logits, self.seen, np.int32(lane.index), knobs, sampled=config.do_sample, top=top
+        )
+        return jax.tree.map(np.asarray, said)
+
+    def step(
+        self, rows: Sequence[Lane], tokens: Sequence[int], configs: Sequence[GenerationConfig], steps: Sequence[int],
+        *, top: bool = False,
+    ) -> sampling.Said:  # fmt: skip
+        """One more token of each of these lanes, given the one each said last."""
+        number = min(len(self.lanes), 1 << (len(rows) - 1).bit_length())
+        everyone = number == len(self.lanes)
+        order = list(range(number)) if everyone else [lane.index for lane in rows]
+        order += order[:1] * (number - len(order))  # a lane twice does the same twice
+        place = {lane.index: i for i, lane in enumerate(rows)}
+        pick = lambda values, other: [values[place[i]] if i in place else other for i in order]
+        knobs = sampling.knobs(pick(configs, configs[0]), pick(steps, 0))
+        lengths = np.stack([self.lanes[i].lengths for i in order], 1).astype(np.int32)
+        said, self.state, self.seen = _step(
+            self.model.llm, self.state, self.seen, np.array(pick(tokens, 0), np.int32), np.array(order, np.int32),
+            lengths, knobs, everyone=everyone, sampled=any(c.do_sample for c in configs), top=top,
+        )  # fmt: skip
+        for lane, token in zip(rows, tokens, strict=True):
+            lane.lengths += 1
+            if not self.schedule.num_stages and lane.held is not None:
+                lane.held = _grown(lane.held, token)
+        found = [order.index(lane.index) for lane in rows]
+        return jax.tree.map(lambda a: np.asarray(a)[found], said)
+
+    def warm(self, prompt: Prompt) -> None:
+        """Compile what greedy answers need, with a short prompt, while nobody waits."""
+        config = GenerationConfig(max_new_tokens=1)
+        *_, ready = self.fill(self.lanes[0], prompt)
+        assert ready is not None
+        self.first(self.lanes[0], ready, config)
+        for number in sorted({min(len(self.lanes), 1 << i) for i in range(len(self.lanes).bit_length() + 1)}):
+            self.step(self.lanes[:number], [0] * number, [config] * number, [1] * number)
+        for lane in self.lanes:
+            lane.held, lane.lengths[:] = None, 0
+            self.leave(lane)
+
+    def leave(self, lane: Lane) -> None:
+        """Somebody is done with a lane; what it holds stays until another prompt takes it."""
+        lane.busy, lane.used = False, next(self.clock)
+
+
+def _grown(held: Prompt, token: int) -> Prompt:
+    """What a lane holds once a token of the answer has run in it."""
+    names = np.append(held.names, np.int64(token))
+    return dataclasses.replace(held, names=names)
+
+
+def _common(a: ndarray, b: ndarray) -> int:
+    size = min(len(a), len(b))
+    differs = np.flatnonzero(a[:size] != b[:size])
+    return int(differs[0]) if len(differs) else size
+
+
+@functools.partial(jax.jit, static_argnames=("group", "first", "seen"), donate_argnames="state")
+def _first_piece(
+    llm: Any, state: device.Lanes, tokens: Array, slots: Array, visual: Array, where: Array, *,
+    group: int, first: int, seen: int,
+) -> tuple[Array, device.Lanes, Array]:  # fmt: skip
+    text = llm.embed(tokens[None])[0].astype(visual.dtype)
+    x = jnp.where(slots[:, None] >= 0, visual[0, jnp.maximum(slots, 0)], text)
+    return llm.extend(state, x, *where, group=group, first=first, seen=seen)
+
+
+@functools.partial(jax.jit, static_argnames=("group", "first", "seen", "piece"), donate_argnames="state")
+def _next_piece(
+    llm: Any, state: device.Lanes, buffer: Array, start: Array, where: Array, *,
+    group: int, first: int, seen: int, piece: int,
+) -> tuple[Array, device.Lanes, Array]:  # fmt: skip
+    x = jax.lax.dynamic_slice_in_dim(buffer, start, piece)
+    return llm.extend(state, x, *where, group=group, first=first, seen=seen)
+
+
+@functools.partial(jax.jit, donate_argnames="buffer")
+def _scatter(buffer: Array, x: Array, target: Array) -> Array:
+    return buffer.at[target].set(x, mode="drop")
+
+
+@functools.partial(jax.jit, static_argnames=("layer", "kept"))
+def _select(llm: Any, x: Array, visual: Array, length: Array, keep: Array, *, layer: int, kept: int) -> Any:
+    return llm.select(x, visual, length, keep, layer=layer, kept=kept)
+
+
+@functools.partial(jax.jit, static_argnames=("group", "first", "layer"))
+def _attended(
+    llm: Any, state: device.Lanes, x: Array, lane: Array, length: Array, *, group: int, first: int, layer: int
+) -> Array:
+    return llm.attended(state, x, lane, length, group=group, first=first, layer=layer)
+
+
+@jax.jit
+def _logits(llm: Any, x: Array, index: Array) -> Float[Array, "1 V"]:
+    last = jax.lax.dynamic_slice_in_dim(x, index, 1)[None]
+    return logits_of(llm, llm.norm(last))[0]
+
+
+_copy = jax.jit(device.copy, donate_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnames=("sampled", "top"), donate_argnames="seen")
+def _first(
+    logits: Array, seen: Array, lane: Array, knobs: sampling.Knobs, *, sampled: bool, top: bool
+) -> tuple[sampling.Said, Array]:
+    fresh = jnp.zeros((1, seen.shape[1]), bool)
+    said = sampling.choose(logits, fresh, knobs, sampled=sampled, top=top)
+    return said, seen.at[lane].set(fresh[0].at[said.ids[0]].set(True))
+
+
+@functools.partial(jax.jit, static_argnames=("everyone", "sampled", "top"), donate_argnames=("state", "seen"))
+def _step(
+    llm: Any, state: device.Lanes, seen: Array, tokens: Array, rows: Array, lengths: Array, knobs: sampling.Knobs, *,
+    everyone: bool, sampled: bool, top: bool,
+) -> tuple[sampling.Said, device.Lanes, Array]:  # fmt: skip
+    x = llm.embed(tokens[:, None]).astype(state.keys[0].dtype)
+    x, state = llm.step(state, x, None if everyone else rows, lengths)
+    said = sampling.choose(logits_of(llm, x)[:, 0], seen[rows], knobs, sampled=sampled, top=top)
+    return said, state, seen.at[rows, said.ids].set(True)

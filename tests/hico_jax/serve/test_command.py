@@ -1,0 +1,42 @@
+"""The command's own decisions: who may reach it, by which names, with which lanes."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+from collections.abc import Callable
+
+import pytest
+
+from hico_jax import cli
+from hico_jax.api import Model
+from hico_jax.options import parse_lanes
+from hico_jax.serve import command
+
+
+def test_others_are_let_in_only_with_a_key(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HICO_API_KEY", raising=False)
+    assert cli.main(["serve", "--host", "0.0.0.0"]) == cli.MISUSED
+    assert "a key is needed: set HICO_API_KEY" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["serve"]) == cli.MISUSED
+    assert "there is none in runs/demo/model" in capsys.readouterr().err
+
+
+def test_names_it_answers_to() -> None:
+    assert command.names("127.0.0.1", []) == ("127.0.0.1", "localhost", "[::1]", "127.0.0.1")
+    assert command.names("0.0.0.0", []) == ()
+    assert command.names("::", ["films.example"]) == ("films.example",)
+
+
+def test_lanes_reach_the_longest_row(make_model: Callable[..., Model]) -> None:
+    assert command.lanes(make_model()) == ((2, 512),)
+    assert parse_lanes("8x2048,1x32768") == ((8, 2048), (1, 32768))
+    for wrong in ("8", "0x64", "2x10", "ax64", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="does not read as NxTOKENS"):
+            parse_lanes(wrong)
