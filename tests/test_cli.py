@@ -42,7 +42,8 @@ SURFACE = {
     },
     "bench": {"--model", "--out", "--frames", "--film", "--drop", "--max-tokens", "--timeout", "--fresh"},
     "serve": {
-        "--model", "--name", "--host", "--port", "--host-name", "--lanes", "--piece", "--queue", "--drop", "--max-frames",
+        "--model", "--name", "--host", "--port", "--host-name", "--lanes", "--piece", "--queue", "--drop",
+        "--max-frames",
         "--max-new-tokens", "--no-warm", "--allow-host", "--max-upload", "--max-seconds", "--max-source-frames",
         "--read-seconds", "--request-seconds", "--connections", "--work",
     },

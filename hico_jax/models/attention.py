@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -213,3 +214,47 @@ def attend_some(
     index = jnp.arange(count, dtype=jnp.int32).reshape(-1, at_once)
     out = jax.lax.map(some, (cut(q), cut(q_segments), index))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape)
+
+
+Flash = Callable[[Array, Array, Array], tuple[Array, Array]]  # the output in float32, and its log-sum-exp [B Q H]
+
+
+def attend_piece(
+    q: Float[Array, "B Q H d"], k: Float[Array, "B K S d"], v: Float[Array, "B K S d"], first: int | Int[Array, ""]
+) -> Float[Array, "B Q H d"]:
+    """`attend_some` where every place up to a query's own is seen: rows of one segment.
+
+    On a GPU in half precision cuDNN runs the places before the piece, a block as long as the piece at a time; what no
+    query sees is not visited.
+    """
+    count = q.shape[1]
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    if jax.default_backend() == "gpu" and half and cudnn.fits(q.shape[3], count) and k.shape[2] >= 2 * count:
+        ones = jnp.ones(q.shape[:2], jnp.int32)
+        return _attend_blocks(q, k, v, first, lambda q, k, v: cudnn.forward(q, k, v, ones, ones, None))
+    ones = jnp.ones((q.shape[0], k.shape[2]), jnp.int32)
+    return attend_some(q, k, v, ones[:, :count], ones, first)
+
+
+def _attend_blocks(q: Array, k: Array, v: Array, first: int | Array, flash: Flash) -> Array:
+    """Whole blocks before the piece by `flash`, the rest and the piece itself blockwise, joined by their log-sums."""
+    rows, size = q.shape[:2]
+    whole = jnp.asarray(first, jnp.int32) // size
+    tail = jnp.minimum(whole * size, k.shape[2] - 2 * size)
+
+    def cut(a: Array, start: Array, count: int) -> Array:
+        return jnp.swapaxes(jax.lax.dynamic_slice_in_dim(a, start, count, axis=2), 1, 2)
+
+    def step(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        out, lse = carry
+        more, its = flash(q, cut(k, j * size, size), cut(v, j * size, size))
+        both = jnp.logaddexp(lse, its)
+        return out * jnp.exp(lse - both)[..., None] + more * jnp.exp(its - both)[..., None], both
+
+    places = jnp.broadcast_to(tail + jnp.arange(2 * size, dtype=jnp.int32), (rows, 2 * size))
+    mine = jnp.broadcast_to(jnp.asarray(first, jnp.int32) + jnp.arange(size, dtype=jnp.int32), (rows, size))
+    begun = blockwise.forward(
+        q, cut(k, tail, 2 * size), cut(v, tail, 2 * size), mine, places, jnp.ones_like(mine),
+        (places >= whole * size).astype(jnp.int32), causal=True, dtype=jnp.float32,
+    )  # fmt: skip
+    return jax.lax.fori_loop(0, whole, step, begun)[0].astype(q.dtype)

@@ -27,7 +27,7 @@ from hico_jax.serve import sampling
 from hico_jax.serve.prompts import Prompt
 from hico_jax.shapes import Array, Float, Int, ndarray
 
-PIECE = 256  # tokens of a prompt that run at a time
+PIECE, SMALL = 256, 64  # tokens of a prompt that run at a time; of a short rest
 NOWHERE = 2**30  # beyond every buffer
 
 
@@ -74,6 +74,7 @@ class Pool:
     def __init__(self, model: HiCo, *, count: int, capacity: int, piece: int = PIECE, text_room: int = 2048) -> None:
         self.model, self.capacity, self.text_room = model, capacity, min(text_room, capacity)
         self.piece = min(piece, capacity)
+        self.small = min(SMALL, self.piece)
         self.schedule = model.config.drop
         self.guided = self.schedule.num_stages - self.schedule.num_uniform  # attention-guided stages
         self.edges = device.bounds(self.schedule, model.config.llm.num_layers)
@@ -161,14 +162,16 @@ class Pool:
             rows = prompt.rows(group)
             done = int(np.searchsorted(rows, same))
             following = prompt.rows(group + 1) if group + 1 < shallow else rows if self.guided else None
-            for at in range(done, len(rows), self.piece):
-                origins = rows[at : at + self.piece]
-                count = len(origins)
-                source = self._embedded(prompt, origins) if group == 0 else (buffers[group], np.int32(at))
-                x, trail = self._piece(lane, group, at, count, len(rows), source)
+            for at, count, size in self._sizes(done, len(rows)):
+                origins = rows[at : at + count]
+                if group == 0:
+                    x = self._embedded(prompt, origins, size)
+                else:
+                    x = _cut(buffers[group], np.int32(at), size=size)
+                x, trail = self._piece(lane, group, at, count, len(rows), x)
                 lane.lengths[group] = at + count
                 if following is not None:
-                    target = self._targets(origins, following)
+                    target = self._targets(origins, following, size)
                     if group + 1 == shallow:
                         lane.entering = _scatter(lane.entering, x, target)
                     else:
@@ -190,9 +193,9 @@ class Pool:
             if look and seen is None:
                 seen = (origins, scores)
             group, number = stage + 1, len(prompt) - prompt.num_visual + prompt.kept[stage]
-            for at in range(0, number, self.piece):
-                count = min(self.piece, number - at)
-                x, trail = self._piece(lane, group, at, count, number, (entering, np.int32(at)))
+            for at, count, size in self._sizes(0, number):
+                x = _cut(entering, np.int32(at), size=size)
+                x, trail = self._piece(lane, group, at, count, number, x)
                 yield None
             lane.lengths[group] = number
             if stage + 1 < self.schedule.num_stages:
@@ -201,36 +204,41 @@ class Pool:
         lane.held = prompt
         yield Ready(_logits(self.model.llm, x, np.int32(count - 1)), same, self._look(lane, prompt, trail, seen, look))
 
-    def _embedded(self, prompt: Prompt, origins: ndarray) -> tuple[Any, ...]:
-        pad = (0, self.piece - len(origins))
+    def _sizes(self, done: int, total: int) -> Iterator[tuple[int, int, int]]:
+        """Where each piece begins, its real tokens, and with padding: a question behind a film is a small one."""
+        while done < total:
+            size = self.small if total - done <= self.small else self.piece
+            count = min(size, total - done)
+            yield done, count, size
+            done += count
+
+    def _embedded(self, prompt: Prompt, origins: ndarray, size: int) -> Float[Array, "Q D"]:
+        pad = (0, size - len(origins))
         slots = np.pad(prompt.slots[origins], pad, constant_values=-1)
         visual = prompt.visual
         if not visual.shape[1]:
             visual = jnp.zeros((1, 1, self.model.config.llm.embed_dim), self.dtype)
-        return np.pad(prompt.tokens[origins], pad), slots, visual
+        return _embed(self.model.llm, np.pad(prompt.tokens[origins], pad), slots, visual)
 
-    def _piece(
-        self, lane: Lane, group: int, at: int, count: int, total: int, source: tuple[Any, ...]
-    ) -> tuple[Any, Any]:
-        size = self.places[group] + self.piece
-        seen = min(size, self.piece << (max(0, -(-(at + self.piece) // self.piece) - 1)).bit_length())
+    def _piece(self, lane: Lane, group: int, at: int, count: int, total: int, x: Any) -> tuple[Any, Any]:
+        size = x.shape[0]
+        seen = min(self.places[group] + self.piece, self.piece << (-(-(at + size) // self.piece) - 1).bit_length())
+        if jax.default_backend() != "cpu":  # `attend_piece` visits what is there: one program is enough
+            seen = self.places[group] + self.piece
         where = np.array([lane.index, at, count, total - 1], np.int32)
-        run = _first_piece if group == 0 else _next_piece
-        x, self.state, trail = run(
-            self.model.llm, self.state, *source, where, group=group, first=self.edges[group], seen=seen, **(
-                {} if group == 0 else {"piece": self.piece}
-            ),
+        x, self.state, trail = _run(
+            self.model.llm, self.state, x, where, group=group, first=self.edges[group], seen=seen
         )  # fmt: skip
         return x, trail
 
     def _buffer(self, group: int) -> Float[Array, "S D"]:
         return jnp.zeros((self.places[group] + self.piece, self.model.config.llm.embed_dim), self.dtype)
 
-    def _targets(self, origins: ndarray, following: ndarray) -> Int[ndarray, " Q"]:
+    def _targets(self, origins: ndarray, following: ndarray, size: int) -> Int[ndarray, " Q"]:
         """Where the survivors of a piece stand in the next group; beyond the end for the others."""
         place = np.searchsorted(following, origins)
         alive = following[np.minimum(place, len(following) - 1)] == origins
-        out = np.full(self.piece, NOWHERE, np.int32)
+        out = np.full(size, NOWHERE, np.int32)
         out[: len(origins)] = np.where(alive, place, NOWHERE)
         return out
 
@@ -289,6 +297,11 @@ class Pool:
         config = GenerationConfig(max_new_tokens=1)
         *_, ready = self.fill(self.lanes[0], prompt)
         assert ready is not None
+        for group, places in enumerate(self.places):
+            for size in sorted({self.small, self.piece}):
+                blank = jnp.zeros((size, self.model.config.llm.embed_dim), self.dtype)
+                for at in [0, *(self.piece << i for i in range(32) if self.piece << i < places)]:
+                    self._piece(self.lanes[0], group, at, 1, at + 1, blank)
         self.first(self.lanes[0], ready, config)
         for number in sorted({min(len(self.lanes), 1 << i) for i in range(len(self.lanes).bit_length() + 1)}):
             self.step(self.lanes[:number], [0] * number, [config] * number, [1] * number)
@@ -313,22 +326,21 @@ def _common(a: ndarray, b: ndarray) -> int:
     return int(differs[0]) if len(differs) else size
 
 
-@functools.partial(jax.jit, static_argnames=("group", "first", "seen"), donate_argnames="state")
-def _first_piece(
-    llm: Any, state: device.Lanes, tokens: Array, slots: Array, visual: Array, where: Array, *,
-    group: int, first: int, seen: int,
-) -> tuple[Array, device.Lanes, Array]:  # fmt: skip
+@jax.jit
+def _embed(llm: Any, tokens: Array, slots: Array, visual: Array) -> Float[Array, "Q D"]:
     text = llm.embed(tokens[None])[0].astype(visual.dtype)
-    x = jnp.where(slots[:, None] >= 0, visual[0, jnp.maximum(slots, 0)], text)
-    return llm.extend(state, x, *where, group=group, first=first, seen=seen)
+    return jnp.where(slots[:, None] >= 0, visual[0, jnp.maximum(slots, 0)], text)
 
 
-@functools.partial(jax.jit, static_argnames=("group", "first", "seen", "piece"), donate_argnames="state")
-def _next_piece(
-    llm: Any, state: device.Lanes, buffer: Array, start: Array, where: Array, *,
-    group: int, first: int, seen: int, piece: int,
-) -> tuple[Array, device.Lanes, Array]:  # fmt: skip
-    x = jax.lax.dynamic_slice_in_dim(buffer, start, piece)
+@functools.partial(jax.jit, static_argnames="size")
+def _cut(buffer: Array, start: Array, *, size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(buffer, start, size)
+
+
+@functools.partial(jax.jit, static_argnames=("group", "first", "seen"), donate_argnames="state")
+def _run(
+    llm: Any, state: device.Lanes, x: Array, where: Array, *, group: int, first: int, seen: int
+) -> tuple[Array, device.Lanes, Array]:
     return llm.extend(state, x, *where, group=group, first=first, seen=seen)
 
 

@@ -180,7 +180,9 @@ def _run_in_pieces(
     def run(carry: tuple[Array, Array, Array], at: Array | int, size: int, seen: int) -> tuple[Array, Array, Array]:
         x, keys, values = carry
         cut = lambda a: jax.lax.dynamic_slice_in_dim(a, at, size, axis=1)
-        here = Place(cut(place.cos), cut(place.sin), cut(place.positions), cut(place.segments), slice=place.slice)
+        here = Place(
+            cut(place.cos), cut(place.sin), cut(place.positions), cut(place.segments), place.plain, place.slice
+        )
 
         def layer(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             block = jax.tree.map(lambda p: p[start + i], blocks)

@@ -310,7 +310,11 @@ class Block(nnx.Module):
         q, k, v = self.attn.query_key_value(self.input_norm(x), place)
         keys, values = (kv_cache.write_at(a, layer, at, b, lane) for a, b in ((keys, k), (values, v)))
         k, v = (kv_cache.read(a, layer, segments.shape[1], lane) for a in (keys, values))
-        x = x + self.attn.out(attention.attend_some(q, k, v, place.segments, segments, at))
+        if lane is None and not place.plain:
+            mixed = attention.attend_some(q, k, v, place.segments, segments, at)
+        else:
+            mixed = attention.attend_piece(q, k, v, at)
+        x = x + self.attn.out(mixed)
         return x + layers.in_slices(lambda x: self.mlp(self.post_norm(x)), x, place.slice), keys, values
 
     def step(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hico_jax.kernels import reference
+from hico_jax.kernels import blockwise, reference
 from hico_jax.models import attention
 from hico_jax.parallel.mesh import MeshConfig, make_mesh
 
@@ -114,3 +114,26 @@ def test_rows_and_heads_that_devices_cannot_share(mesh: MeshConfig, length: int,
 
     with jax.set_mesh(make_mesh(mesh)), pytest.raises(ValueError, match=says):
         jax.eval_shape(run, q, k, where)
+
+
+@pytest.mark.parametrize("first", [0, 5, 8, 19, 24])
+def test_a_piece_over_what_stands_before_it(first: int) -> None:
+    """By blocks and their log-sums, as on a GPU, and densely; keys behind the piece are garbage."""
+    rng = np.random.default_rng(first)
+    rows, size, places, heads, kv_heads, width = 2, 8, 32, 4, 2, 8
+    q = jnp.asarray(rng.normal(size=(rows, size, heads, width)), jnp.float32)
+    k, v = (jnp.asarray(rng.normal(size=(rows, kv_heads, places, width)), jnp.float32) for _ in range(2))
+
+    def flash(q: Any, k: Any, v: Any) -> Any:
+        ones = jnp.ones(q.shape[:2], jnp.int32)
+        where = jnp.zeros_like(ones)
+        return blockwise.forward(q, k, v, where, where, ones, ones, causal=False, dtype=jnp.float32)
+
+    blocks = jax.jit(lambda first: attention._attend_blocks(q, k, v, first, flash))(jnp.asarray(first))
+    dense = jax.jit(lambda first: attention.attend_piece(q, k, v, first))(jnp.asarray(first))
+    raw = np.einsum("BqKGd,BKSd->BKGqS", np.asarray(q).reshape(rows, size, kv_heads, -1, width), k) / np.sqrt(width)
+    raw = np.where(np.arange(places) <= first + np.arange(size)[:, None], raw, -np.inf)
+    weights = np.exp(raw - raw.max(-1, keepdims=True))
+    want = np.einsum("BKGqS,BKSd->BqKGd", weights / weights.sum(-1, keepdims=True), v).reshape(q.shape)
+    np.testing.assert_allclose(blocks, want, atol=2e-6)
+    np.testing.assert_allclose(dense, want, atol=2e-6)

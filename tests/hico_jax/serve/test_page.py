@@ -1,0 +1,115 @@
+"""The page in a real Chromium: upload, ask, stream, go to what was attended to; by keyboard, and on a phone.
+
+Skips where Playwright or a Chromium is missing: pip install -e '.[browser]', and a browser such as Debian's `chromium`.
+HICO_SCREENSHOTS=DIR keeps pictures.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from hico_jax.api import Model
+from tests.hico_jax.serve.test_app import Served
+
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed (pip install -e '.[browser]')"
+)
+CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
+FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+
+@pytest.fixture(scope="module")
+def served(make_model: Callable[..., Model], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    server = Served(make_model(), tmp_path_factory.mktemp("uploads"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield chromium
+        chromium.close()
+
+
+def until(page: Any, expression: str, seconds: float = 30.0) -> None:
+    """Ask the page again and again; its own policy forbids Playwright's way, which makes code of text inside it."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, expression
+        page.wait_for_timeout(50)
+
+
+def shot(page: Any, name: str) -> None:
+    if folder := os.environ.get("HICO_SCREENSHOTS"):
+        page.screenshot(path=str(pathlib.Path(folder) / f"{name}.png"), full_page=True)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("phone", [False, True])
+def test_a_film_is_asked_about(phone: bool, browser: Any, served: Served, films: list[pathlib.Path]) -> None:
+    size = {"width": 375, "height": 700} if phone else {"width": 1000, "height": 900}
+    context = browser.new_context(viewport=size, has_touch=phone, is_mobile=phone)
+    page, faults = context.new_page(), []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+    page.goto(served.url)
+    page.set_input_files("#file", films[0])
+    page.get_by_text("1.mp4 is ready").wait_for(timeout=20_000)
+    marks = page.locator("#line button")
+    assert marks.count() == 3  # clips
+    assert "12 frames of 0:12 were seen" in page.locator("#seen").inner_text()
+    assert page.evaluate("document.activeElement.id") == "question"
+    page.keyboard.type("What is <b>seen</b>?")
+    page.keyboard.press("Enter")
+    page.locator("#figures", has_text="tokens/s").wait_for(timeout=60_000)
+    mine, answer = page.locator("#talk p").all_inner_texts()
+    seen = served.model.watch(films[0])
+    assert mine == "What is <b>seen</b>?"  # as text, not as markup
+    assert page.locator("#talk b").count() == 0
+    chat = served.model.chat(seen)
+    assert (
+        " ".join(answer.split())
+        == " ".join(chat.say("What is <b>seen</b>?").text.split())[: len(" ".join(answer.split()))]
+    )
+    looked = page.locator("#looked button")
+    assert looked.count() == 3
+    last = looked.nth(2)
+    last.focus()
+    page.keyboard.press("Enter")
+    until(page, "document.getElementById('video').currentTime === 8")
+    marks.first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    until(page, "document.getElementById('video').currentTime === 4")
+    page.fill("#question", "And then?")
+    page.keyboard.press("Enter")
+    until(page, "document.querySelectorAll('#talk p').length === 4 && !document.getElementById('send').disabled")
+    assert "reused" in page.locator("#figures").inner_text()
+    wide = page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    assert wide, "the page is wider than the screen"
+    shot(page, "phone" if phone else "page")
+    assert faults == []
+    context.close()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_mistakes_are_said_on_the_page(browser: Any, served: Served, tmp_path: pathlib.Path) -> None:
+    page = browser.new_page()
+    page.goto(served.url)
+    (tmp_path / "notes.mp4").write_text("only words")
+    page.set_input_files("#file", tmp_path / "notes.mp4")
+    page.get_by_text("this is a text file, not a film").wait_for(timeout=10_000)
+    page.fill("#question", "long " * 400)
+    page.keyboard.press("Enter")
+    page.locator("#talk p.bad", has_text="tokens longer than the 512").wait_for(timeout=10_000)
+    page.close()
