@@ -158,7 +158,8 @@ async def run(load: Load, count: int, at_once: int, cancelled: float, seed: int)
     at = lambda share: round(done[min(len(done) - 1, int(share * len(done)))], 3)
     return {
         "requests": count, "at_once": at_once, "seconds": round(seconds, 2),
-        "cpu_s": round(time.process_time() - process, 2), "requests_per_s": round(count / seconds, 2), "p50_s": at(0.5), "p95_s": at(0.95), "max_s": round(done[-1], 3),
+        "cpu_s": round(time.process_time() - process, 2), "requests_per_s": round(count / seconds, 2),
+        "p50_s": at(0.5), "p95_s": at(0.95), "max_s": round(done[-1], 3),
         "outcomes": {name: outcomes.count(name) for name in sorted(set(outcomes))}, "rss_mib": memory,
     }  # fmt: skip
 

@@ -35,7 +35,7 @@ class Served:
         self.engine = Engine(model.hico, model.tokenizer, buckets=((4, 256),), piece=64, queue=8).start()
         limits, allowance = Limits(seconds=20.0), Allowance(file_bytes=1 << 20)
         self.store = Store(folder, model, self.engine.call, limits=limits, allowance=allowance)
-        settings = Options(name="tiny", json_bytes=2 << 20, body_s=0.5, max_new_tokens=64, **options)
+        settings = Options(**{"name": "tiny", "json_bytes": 2 << 20, "body_s": 0.5, "max_new_tokens": 64, **options})
         app = Server(model, self.engine, self.store, settings).app()
         protocol = type("Quick", (Timed,), {"head_s": 0.5})
         config = uvicorn.Config(app, port=0, log_level="error", http=protocol, ws="none", lifespan="off")

@@ -57,6 +57,7 @@ def test_a_session_answers_as_ask_does(
     assert talk.history[-1] == {"role": "assistant", "content": want.text}
 
 
+@pytest.mark.slow
 def test_more_films_and_pictures_join_a_talk(make_model: Callable[..., Model], films: list[pathlib.Path]) -> None:
     model = make_model()
     talk = Session(model, films[0], settings=FEW, piece=64)
