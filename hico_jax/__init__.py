@@ -1,7 +1,7 @@
 """VideoChat-Flash in JAX: hierarchical compression for long-context video models.
 
 Importing the package costs nothing: no JAX, no Flax. Start with `hico --help`, with `hico_jax.load` (`api.py`), or
-read `models/hico.py`.
+read `models/hico.py`. Many questions about one film: `serve/session.py`.
 """
 
 from typing import Any

@@ -250,7 +250,7 @@ class Engine:
                 if pool.free():
                     reuse = max(pool.common(lane, request.prompt) for lane in pool.lanes)
                     found.append((reuse if reuse >= pool.piece else 0, -pool.capacity, pool))
-            if not found:
+            if not found or self._soon(request.prompt, max(found, key=lambda one: one[:2])):
                 continue
             pool = max(found, key=lambda one: one[:2])[2]
             lane, _ = pool.best(request.prompt)
@@ -261,6 +261,11 @@ class Engine:
             with self.wake:
                 self.waiting.remove(ticket)
             self.filling.append(ticket)
+
+    def _soon(self, prompt: Prompt, best: tuple[int, int, Pool]) -> bool:
+        """Whether a prompt that runs right now begins like this one: to wait for it is cheaper than to run both."""
+        reuse, _, pool = best
+        return any(t.pool is pool and t.request.prompt.same(prompt) > reuse + pool.piece for t in self.filling)
 
     def _fill(self, ticket: Ticket) -> None:
         """One piece of the prompt whose turn it is; then it is another's."""

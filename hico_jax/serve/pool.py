@@ -24,7 +24,7 @@ from hico_jax.generate import GenerationConfig, logits_of
 from hico_jax.models.hico import HiCo
 from hico_jax.models.llm import lanes as device
 from hico_jax.serve import sampling
-from hico_jax.serve.prompts import Prompt
+from hico_jax.serve.prompts import Prompt, common
 from hico_jax.shapes import Array, Float, Int, ndarray
 
 PIECE, SMALL = 256, 64  # tokens of a prompt that run at a time; of a short rest
@@ -136,12 +136,12 @@ class Pool:
     def common(self, lane: Lane, prompt: Prompt) -> int:
         """How many of a prompt's first tokens need not run in a lane."""
         held = lane.held
-        if held is None or held.owner != prompt.owner:
+        if held is None:
             return 0
-        same = min(_common(held.names, prompt.names), len(prompt) - 1)
+        same = min(held.same(prompt), len(prompt) - 1)
         for stage in range(1, self.schedule.num_uniform + 1):
             ours, theirs = prompt.rows(stage), held.rows(stage)
-            count = _common(prompt.names[ours], held.names[theirs])
+            count = common(prompt.names[ours], held.names[theirs])
             if count < len(ours):
                 same = min(same, int(ours[count]))
         return same
@@ -149,10 +149,19 @@ class Pool:
     def fill(self, lane: Lane, prompt: Prompt, *, look: bool = False) -> Iterator[Ready | None]:
         """Run a prompt in a lane, a piece at every step; the last step brings what is behind it.
 
-        The lane may be left at any step: it then holds nothing.
+        Closed before its end it leaves what has run to whoever comes next, where the model drops nothing.
         """
+        try:
+            yield from self._fill(lane, prompt, look)
+        finally:
+            if lane.held is None and not self.schedule.num_stages:
+                lane.held = dataclasses.replace(prompt, names=prompt.names[: lane.lengths[0]])
+
+    def _fill(self, lane: Lane, prompt: Prompt, look: bool) -> Iterator[Ready | None]:
         same = self.common(lane, prompt)
         lane.busy, lane.held, lane.used = True, None, next(self.clock)
+        if not self.schedule.num_stages:
+            lane.lengths[0] = same
         x, trail, count = None, None, 0
         shallow = self.schedule.num_uniform + 1 if self.guided else len(self.edges) - 1
         buffers: list[Any] = [None] * len(self.places)
@@ -318,12 +327,6 @@ def _grown(held: Prompt, token: int) -> Prompt:
     """What a lane holds once a token of the answer has run in it."""
     names = np.append(held.names, np.int64(token))
     return dataclasses.replace(held, names=names)
-
-
-def _common(a: ndarray, b: ndarray) -> int:
-    size = min(len(a), len(b))
-    differs = np.flatnonzero(a[:size] != b[:size])
-    return int(differs[0]) if len(differs) else size
 
 
 @jax.jit

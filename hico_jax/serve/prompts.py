@@ -42,6 +42,10 @@ class Prompt:
     def num_visual(self) -> int:
         return int((self.slots >= 0).sum())
 
+    def same(self, other: Prompt) -> int:
+        """With how many tokens both begin; none of two owners."""
+        return common(self.names, other.names) if self.owner == other.owner else 0
+
     def rows(self, stage: int) -> Int[ndarray, " M"]:
         """Which tokens are alive after so many even stages."""
         return np.flatnonzero(self.survives >= stage)
@@ -83,3 +87,10 @@ def drop_of(slots: Int[ndarray, " L"], schedule: DropSchedule) -> tuple[Int8[nda
     visual = np.flatnonzero(slots >= 0)
     kept, survives[visual] = stages(len(visual), schedule, True)
     return survives, tuple(kept)
+
+
+def common(a: ndarray, b: ndarray) -> int:
+    """How far two arrays are equal."""
+    size = min(len(a), len(b))
+    differs = np.flatnonzero(a[:size] != b[:size])
+    return int(differs[0]) if len(differs) else size
