@@ -136,7 +136,8 @@ def _flag(body: Mapping[str, Any], name: str) -> bool:
 
 
 def _number(name: str, value: Any, least: float, most: float, *, whole: bool = False, above: bool = False) -> float:
-    wrong = isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+    wrong = isinstance(value, bool) or not isinstance(value, int | float) or (value == value and abs(value) > 2**64)
+    wrong = wrong or math.isnan(value)
     if wrong or (whole and value != int(value)) or not least <= value <= most or (above and value == least):
         kind = "a whole number" if whole else "a number"
         raise ApiError(400, f"{name} must be {kind} {'above' if above else 'from'} {least} to {most}", param=name)
@@ -157,9 +158,9 @@ def _stop(value: Any) -> tuple[str, ...]:
 
 def _turn(index: int, message: Any) -> Turn:
     param = f"messages[{index}]"
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
+    if not isinstance(message, dict) or str(message.get("role")) not in ROLES:
         raise ApiError(400, f"{param} must be an object with a role of {', '.join(ROLES)}", param=param)
-    role, content = ROLES[message["role"]], message.get("content")
+    role, content = ROLES[str(message["role"])], message.get("content")
     parts: list[Part] = []
     if isinstance(content, str):
         text = content
