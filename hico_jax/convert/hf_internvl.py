@@ -129,20 +129,23 @@ def to_raw(config: HiCoConfig, raw: Mapping[str, Any] | None = None, *, torch_dt
         for part in ("llm_config", "vision_config"):
             if "torch_dtype" in out[part]:
                 out[part]["torch_dtype"] = torch_dtype
-    drop = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(config.drop).items()}
     own = dataclasses.asdict(config.compressor) | {
-        "drop": drop,
+        "drop": _plain(config.drop),
         "frames_per_clip": vision.frames_per_clip,
         "dtype": config.dtype,
     }
     usual = dataclasses.asdict(ToMeConfig()) | {
-        "drop": {"kind": "none", "layers": [], "ratios": [1.0]},
+        "drop": _plain(DropSchedule()),
         "frames_per_clip": InternViTConfig.frames_per_clip,
         "dtype": "float32" if torch_dtype == "float32" else "bfloat16",
     }
     out.pop("hico_jax", None)
     changed = {key: value for key, value in own.items() if value != usual[key]}
     return out | ({"hico_jax": changed} if changed else {})
+
+
+def _plain(drop: DropSchedule) -> dict[str, Any]:
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(drop).items()}
 
 
 def _tuple(value: Any) -> Any:
