@@ -296,9 +296,10 @@ def _train(experiment: Experiment, *, compile_only: bool = False) -> int:
     if experiment.train.steps is None:
         settings = dataclasses.replace(experiment.train, steps=loader.num_steps)
         experiment = dataclasses.replace(experiment, train=settings)
+    closing: contextlib.AbstractContextManager[Any] = contextlib.closing(loader)
     if experiment.data.worker_count:  # its processes are ended with the program, at once; closing waits for each
         _HELD.append(loader)
-    closing = contextlib.nullcontext() if experiment.data.worker_count else contextlib.closing(loader)
+        closing = contextlib.nullcontext()
     if compile_only:
         with closing:
             compile_ahead(experiment, loader)

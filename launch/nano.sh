@@ -2,14 +2,16 @@
 # hico-nano from nothing: the made-up world, the four stages, the exported model. One GPU, some minutes a stage.
 #   bash launch/nano.sh runs/hico_nano [SEED]
 # The same command goes on where it was stopped. Steps are multiplied by SCALE (default 1; 0.01 tries the path).
-# SKIP="stage2" leaves stages out, for ablations. TUNE="--config.data.worker_count=6" goes to every stage. HICO is the program (default: the one in .venv).
+# SKIP="stage2" leaves stages out, for ablations. TUNE="--config.data.worker_count=6" goes to every stage.
+# HICO is the program (default: the one in .venv).
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 out="${1:?give a folder: bash launch/nano.sh runs/hico_nano [SEED]}" seed="${2:-0}"
-scale="${SCALE:-1}" skip=" ${SKIP:-} " world="${WORLD:-$out/world}" preset="${PRESET:-hico_nano}"
+scale="${SCALE:-1}" skip=" ${SKIP:-} " preset="${PRESET:-hico_nano}"
 read -ra hico <<<"${HICO:-${HICO_VENV:-$root/.venv}/bin/hico}"
 mkdir -p "$out"
 out="$(cd "$out" && pwd)"
+world="$(realpath -m "${WORLD:-$out/world}")"
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$out/compiled}"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
 cd "$root"
@@ -56,5 +58,5 @@ for i in "${!names[@]}"; do
   echo "== ${names[i]} took $(($(date +%s) - began)) s" | tee -a "$out/stages.log"
   touch "$out/${names[i]}.done"
 done
-"${hico[@]}" export "$out/$last" "$out/model" --overwrite 2>/dev/null || "${hico[@]}" export "$out/$last" "$out/model"
+"${hico[@]}" export "$out/$last" "$out/model" --overwrite
 echo "== $out/model"

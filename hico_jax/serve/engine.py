@@ -216,7 +216,7 @@ class Engine:
                     return
             self.round()
             if not self.filling and not self.speaking and self.waiting:
-                time.sleep(0.001)  # pragma: no cover - every lane is busy elsewhere
+                time.sleep(0.001)  # every lane is held for something else; look again soon
 
     def round(self) -> None:
         """Do what is due, then one piece of a prompt and one token of each answer."""

@@ -135,11 +135,8 @@ def process_results(doc, results):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_lmms_eval_and_our_harness_say_the_same(
-    asked_model: HiCo, words: Tokenizer, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    asked_model: HiCo, words: Tokenizer, tmp_path: pathlib.Path, venv: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    venv = pathlib.Path(os.environ.get("HICO_LMMS_VENV", ROOT / ".lmms"))
-    if not (venv / "bin" / "lmms-eval").exists():
-        pytest.skip(f"lmms-eval is not installed in {venv}; `bash launch/lmms_eval.sh` does it")
     weights = os.environ.get("HICO_LMMS_MODEL")
     if weights is None:
         file = words.save(tmp_path / "tokenizer")  # type: ignore[attr-defined]

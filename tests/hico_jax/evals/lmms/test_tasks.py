@@ -120,11 +120,8 @@ def talker(words: Tokenizer) -> HiCo:
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_every_benchmark_scores_the_same_under_lmms_eval(
-    words: Tokenizer, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    words: Tokenizer, tmp_path: pathlib.Path, venv: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    venv = pathlib.Path(os.environ.get("HICO_LMMS_VENV", ROOT / ".lmms"))
-    if not (venv / "bin" / "lmms-eval").exists():
-        pytest.skip(f"lmms-eval is not installed in {venv}; `bash launch/lmms_eval.sh` does it")
     weights = os.environ.get("HICO_LMMS_MODEL")
     if weights is None:
         file = words.save(tmp_path / "tokenizer")  # type: ignore[attr-defined]
