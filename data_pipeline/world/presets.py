@@ -60,11 +60,12 @@ HICO_NANO = Preset(
     vocabulary=1024,
     long_s=(32.0, 512.0),
     recipes={
-        "card": 0.3, "two_cards": 0.15, "three_cards": 0.1, "chain": 0.2,
+        "card": 0.3, "two_cards": 0.15, "three_cards": 0.1, "chain": 0.12, "two_chains": 0.08,
         "mover": 0.1, "count": 0.06, "blink": 0.04, "scenes": 0.05,
     },
     long_recipes={
-        "card": 0.3, "two_cards": 0.12, "three_cards": 0.08, "chain": 0.35, "mover": 0.07, "count": 0.04, "blink": 0.04,
+        "card": 0.3, "two_cards": 0.12, "three_cards": 0.08, "chain": 0.2, "two_chains": 0.15,
+        "mover": 0.07, "count": 0.04, "blink": 0.04,
     },
     weights={
         **_NEEDLE, "first": 1.5, "second": 1.5, "order": 1.0, "shape": 1.5, "hint": 2.0, "chain": 5.0,

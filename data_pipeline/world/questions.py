@@ -43,11 +43,15 @@ def _only_card(scene: Scene) -> Card | None:
     return scene.cards[0] if len(scene.cards) == 1 else None
 
 
-def follow(cards: Sequence[Card]) -> tuple[Card, ...]:
-    """The cards of a chain of hints from its first to its last; none if there is no hint on them."""
+def follow(cards: Sequence[Card], start: str = "") -> tuple[Card, ...]:
+    """The cards of a chain of hints from its first to its last; none if no hint starts it.
+
+    A chain starts at a card with a hint that no other card names: the one of colour `start`, or the only one.
+    """
     by_colour = {card.colour: card for card in cards}
     named = {card.hint for card in cards if card.hint}
-    found = [card for card in cards if card.hint and card.colour not in named]
+    starts = [card for card in cards if card.hint and card.colour not in named and start in ("", card.colour)]
+    found = starts if len(starts) == 1 else []
     while found and found[-1].hint:
         found.append(by_colour[found[-1].hint])
     return tuple(found)
@@ -57,8 +61,8 @@ def _from(colour: str, read: Callable[[tuple[Card, ...]], str | None]) -> Callab
     """Read the chain that starts at a card of this colour."""
 
     def answer(scene: Scene) -> str | None:
-        found = follow(scene.cards)
-        return read(found) if found and found[0].colour == colour else None
+        found = follow(scene.cards, colour)
+        return read(found) if found else None
 
     return answer
 
@@ -256,10 +260,15 @@ def paper_needle(question: str, answer: str, allowed: Sequence[str], rng: np.ran
     return paper_choice(f"Find the frame of a card. {question}", answer, allowed, rng)
 
 
-def paper_chain(cards: Sequence[Card], rng: np.random.Generator) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Both questions of the paper about a chain, in its order: which caption fits its last card, what is on it."""
+def paper_chain(
+    cards: Sequence[Card], rng: np.random.Generator, others: Sequence[Card] = ()
+) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Both questions of the paper about a chain, in its order: which caption fits its last card, what is on it.
+
+    `others` are in the film but not in the chain; their captions are wrong options too.
+    """
     start = f"Find the frame of a {cards[0].colour} card. Locate the final frame based on the instructions in the image"
-    captions = [f"a {card.colour} {card.content}" for card in cards]
+    captions = [f"a {card.colour} {card.content}" for card in (*others, *cards)]
     return (
         paper_choice(
             f"{start}, and choose the captions that best describe the frame: ", captions[-1], captions, rng
@@ -307,7 +316,9 @@ def _in_the_papers_words(question: Question, scene: Scene, rng: np.random.Genera
     if question.kind.startswith("card_"):
         text, letter = paper_needle(question.text, question.answer, KINDS[question.kind].answers, rng)
     else:
-        text, letter = paper_chain(follow(scene.cards), rng)["shape" in question.kind]
+        chain = follow(scene.cards, question.kind.rsplit("_", 1)[1])
+        others = [card for card in scene.cards if card not in chain]
+        text, letter = paper_chain(chain, rng, others)["shape" in question.kind]
     return Question(question.kind, text, letter, ("A", "B", "C", "D"))
 
 

@@ -149,8 +149,24 @@ def chain(dice: Dice) -> Scene:
     """
     longest = min(7, len(COLOURS), int(dice.look.seconds[1] / 4))
     scene = cards(dice, int(dice.rng.integers(2, max(2, longest) + 1)))
+    return _with_hints(scene, [dice.rng.permutation(len(scene.cards))])
+
+
+def two_chains(dice: Dice) -> Scene:
+    """A chain amid the cards of another, or beside one that nothing names: the last card is not the only blank one.
+
+    Three to eight cards; two or more of them are a chain, and the rest is one, too.
+    """
+    longest = min(len(COLOURS), int(dice.look.seconds[1] / 4))
+    scene = cards(dice, int(dice.rng.integers(3, max(3, longest) + 1)))
     order = dice.rng.permutation(len(scene.cards))
-    hints = dict(zip(order[:-1], (scene.cards[i].colour for i in order[1:]), strict=True))
+    first = int(dice.rng.integers(2, len(order)))
+    return _with_hints(scene, [order[:first], order[first:]])
+
+
+def _with_hints(scene: Scene, chains: Sequence[np.ndarray]) -> Scene:
+    """The scene with the colour of the next card of its chain written on each card."""
+    hints = {i: scene.cards[after].colour for chain in chains for i, after in zip(chain, chain[1:], strict=False)}
     written = tuple(dataclasses.replace(card, hint=hints.get(i, "")) for i, card in enumerate(scene.cards))
     return dataclasses.replace(scene, cards=written)
 
@@ -205,6 +221,7 @@ RECIPES: dict[str, Callable[[Dice], Scene]] = {
     "two_cards": lambda dice: cards(dice, 2),
     "three_cards": lambda dice: cards(dice, 3),
     "chain": chain,
+    "two_chains": two_chains,
     "mover": mover,
     "count": count,
     "blink": blink,

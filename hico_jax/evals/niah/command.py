@@ -80,7 +80,7 @@ def hide(args: argparse.Namespace, px: int) -> list[needles.Needle]:
         images = pathlib.Path(args.images) if args.images else path.parent
         return needles.read(path, images, px, args.hops > 1)[: args.count]
     if args.hops > 1:
-        return needles.world_chains(args.count, args.hops, px, WORLD_SEED + args.seed)
+        return needles.world_chains(args.count, args.hops, px, WORLD_SEED + args.seed, decoys=args.decoys)
     return needles.world(args.count, px, WORLD_SEED + args.seed, letters=args.letters)
 
 
@@ -100,7 +100,7 @@ def settings_of(
         "test": "multi-hop" if grid.chains else "single-hop", **card.model(model, args.model),
         "haystack": args.haystack or "made-up world", "needles": args.needles or "made-up world",
         "number_of_needles": len(hidden), "frames": grid.frames, "frames_per_second": 1,
-        "depths": grid.places, "insertions": grid.insertions, "pictures": [len(n.pictures) for n in hidden],
+        "depths": grid.places, "insertions": grid.insertions, "pictures": [len(n.pictures) for n in hidden], "decoys": args.decoys,
         "frames_per_picture": model.config.geometry().frames_per_clip, "prompt": prompt, "decoding": "greedy",
         "repeated_haystack": args.repeat, "seed": args.seed,
     }  # fmt: skip

@@ -95,29 +95,34 @@ def world(number: int, px: int, seed: int, *, letters: bool = False) -> list[Nee
     return found
 
 
-def world_chains(number: int, hops: int, px: int, seed: int) -> list[Needle]:
+def world_chains(number: int, hops: int, px: int, seed: int, *, decoys: int = 0) -> list[Needle]:
     """Chains of cards: each has the colour of the next written on it; the last has none. Shuffled in the film.
 
-    Both questions of the paper: which caption fits the last card, and what is on it; four options each.
+    Both questions of the paper: which caption fits the last card, and what is on it; four options each. In a chain as
+    the paper makes them the last card is the only one without a hint, and can be found without following any.
+    `decoys` more cards are a chain of their own, so that this does not help.
 
     Raises:
-      ValueError: more hops than colours.
+      ValueError: more cards than colours.
     """
-    if not 2 <= hops <= len(COLOURS):
-        raise ValueError(f"a chain of the made-up world has 2 to {len(COLOURS)} cards, not {hops}")
+    if hops < 2 or hops + decoys > len(COLOURS):
+        raise ValueError(
+            f"a chain of the made-up world has 2 to {len(COLOURS)} cards, decoys included, not {hops + decoys}"
+        )
     found = []
     for i in range(number):
         rng = np.random.default_rng((seed, i))
-        chain: list[tuple[str, str]] = []
-        for _ in range(hops):
-            chain.append(_pair(rng, avoid=[colour for colour, _ in chain]))
-        hints = [colour for colour, _ in chain[1:]] + [""]
+        pairs: list[tuple[str, str]] = []
+        for _ in range(hops + decoys):
+            pairs.append(_pair(rng, avoid=[colour for colour, _ in pairs]))
+        hints = [colour for colour, _ in pairs[1:]] + [""]
+        hints[hops - 1] = ""
         cards = [
-            Card(shape, colour, 0.0, 4.0, hint=hint) for (colour, shape), hint in zip(chain, hints, strict=True)
+            Card(shape, colour, 0.0, 4.0, hint=hint) for (colour, shape), hint in zip(pairs, hints, strict=True)
         ]  # fmt: skip
         pictures = [draw.still(card, px) for card in cards]
-        order = rng.permutation(hops)
-        caption, last = paper_chain(cards, rng)
+        order = rng.permutation(len(cards))
+        caption, last = paper_chain(cards[:hops], rng, cards[hops:])
         found.append(
             Needle(
                 f"chain{i}", tuple(pictures[j] for j in order), (Asked("caption", *caption), Asked("question", *last))

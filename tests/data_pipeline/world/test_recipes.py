@@ -98,3 +98,17 @@ def test_chains_visit_every_card_once():
         orders.add(found == scene.cards)
     assert lengths == {2, 3, 4, 5, 6, 7}
     assert orders == {True, False}
+
+
+def test_of_two_chains_each_is_followed_from_its_own_start():
+    ends = set()
+    for index in range(40):
+        scene = make_scene("two_chains", seed=0, split="train", index=index, look=Look(seconds=(28.0, 32.0)))
+        named = {card.hint for card in scene.cards if card.hint}
+        starts = [card.colour for card in scene.cards if card.colour not in named]
+        assert len(starts) == 2
+        found = [follow(scene.cards, start) or tuple(c for c in scene.cards if c.colour == start) for start in starts]
+        assert sorted(c.colour for chain in found for c in chain) == sorted(c.colour for c in scene.cards)
+        assert any(len(chain) > 1 for chain in found)
+        ends.add(tuple(sorted(map(len, found))))
+    assert (1, 2) in ends and any(min(pair) > 1 for pair in ends)

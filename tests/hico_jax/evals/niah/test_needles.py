@@ -72,8 +72,17 @@ def test_a_chain_leads_from_card_to_card() -> None:
     plain = [draw.still(Card(s, c, 0.0, 4.0), 64) for c in COLOURS for s in SHAPES]
     same = [any(np.array_equal(p, q) for q in plain) for p in chain.pictures]
     assert sum(same) == 1  # only the last card has no hint
-    with pytest.raises(ValueError, match="2 to 8 cards, not 9"):
+    with pytest.raises(ValueError, match="2 to 8 cards, decoys included, not 9"):
         needles.world_chains(1, 9, 64, 0)
+
+
+def test_decoys_hide_which_card_is_last() -> None:
+    plain = [draw.still(Card(s, c, 0.0, 4.0), 64) for c in COLOURS for s in SHAPES]
+    for needle in needles.world_chains(4, 5, 64, 0, decoys=2):
+        assert len(needle.pictures) == 7
+        assert sum(any(np.array_equal(p, q) for q in plain) for p in needle.pictures) == 2
+    with pytest.raises(ValueError, match="decoys included, not 9"):
+        needles.world_chains(1, 6, 64, 0, decoys=3)
 
 
 def test_written_needles_are_read_again(tmp_path: pathlib.Path) -> None:
