@@ -14,6 +14,7 @@ In: a recipe's name and seeds. Out: `Scene`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -166,7 +167,7 @@ def two_chains(dice: Dice) -> Scene:
 
 def _with_hints(scene: Scene, chains: Sequence[np.ndarray]) -> Scene:
     """The scene with the colour of the next card of its chain written on each card."""
-    hints = {i: scene.cards[after].colour for chain in chains for i, after in zip(chain, chain[1:], strict=False)}
+    hints = {i: scene.cards[after].colour for chain in chains for i, after in itertools.pairwise(chain)}
     written = tuple(dataclasses.replace(card, hint=hints.get(i, "")) for i, card in enumerate(scene.cards))
     return dataclasses.replace(scene, cards=written)
 

@@ -100,7 +100,8 @@ def settings_of(
         "test": "multi-hop" if grid.chains else "single-hop", **card.model(model, args.model),
         "haystack": args.haystack or "made-up world", "needles": args.needles or "made-up world",
         "number_of_needles": len(hidden), "frames": grid.frames, "frames_per_second": 1,
-        "depths": grid.places, "insertions": grid.insertions, "pictures": [len(n.pictures) for n in hidden], "decoys": args.decoys,
+        "depths": grid.places, "insertions": grid.insertions, "pictures": [len(n.pictures) for n in hidden],
+        "decoys": args.decoys,
         "frames_per_picture": model.config.geometry().frames_per_clip, "prompt": prompt, "decoding": "greedy",
         "repeated_haystack": args.repeat, "seed": args.seed,
     }  # fmt: skip
