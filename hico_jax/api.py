@@ -60,7 +60,8 @@ def load(
     """Read a model.
 
     Args:
-      dtype: "float32" or "bfloat16" (or the JAX type), of parameters and activations; None keeps what the folder says.
+      dtype: "float32" or "bfloat16" (or the JAX type), of parameters and activations; None keeps what the folder says,
+        except on a CPU (`ask.usual_dtype`).
       mesh: where to put the parameters; None is the default device.
       tokens_per_frame: 16 or 64 for an InternVL HiCo model whose folder does not say R16 or R64.
 
@@ -74,14 +75,8 @@ def load(
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}; it must be 'float32', 'bfloat16' or None")
     folder = pathlib.Path(folder)
+    model, tokenizer_folder = ask.load_model(folder, dtype, mesh=mesh)
     raw = released.read_config(folder)
-    if released.holds_weights(raw):
-        model = released.load(folder, dtype=dtype, activations=dtype, mesh=mesh).model
-        tokenizer_folder = folder
-    else:
-        model, tokenizer_folder = ask.load_model(folder)
-        if dtype is not None:
-            model = _reshaped(jax.tree.map(lambda p: p.astype(dtype), model), dtype=dtype)
     if tokens_per_frame is not None:
         model = _reshaped(
             model, compressor=dataclasses.replace(model.config.compressor, tokens_per_frame=tokens_per_frame)

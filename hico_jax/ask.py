@@ -14,7 +14,9 @@ import pathlib
 import sys
 import time
 
+import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from data_pipeline.frames import Sampling
 from data_pipeline.tokenizer import load_tokenizer
@@ -41,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
         )
     if not os.path.exists(args.video):
         raise ValueError(f"{args.video}: there is no such file")
-    model, tokenizer_folder = load_model(folder)
+    model, tokenizer_folder = load_model(folder, args.dtype)
     if args.drop is not None:
         model = with_drop(model, DropSchedule(*args.drop))
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -83,8 +85,14 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_model(folder: str | os.PathLike[str]) -> tuple[HiCo, pathlib.Path]:
+def load_model(
+    folder: str | os.PathLike[str], dtype: str | None = None, *, mesh: Mesh | None = None
+) -> tuple[HiCo, pathlib.Path]:
     """A model and where its tokenizer is: from released, exported or converted weights, or from the workdir of a run.
+
+    Args:
+      dtype: of parameters and activations; None: as the folder says, but float32 on a CPU (`usual_dtype`).
+      mesh: where to put released parameters; None is the default device.
 
     Raises:
       ValueError: the folder is neither, or its weights do not fit.
@@ -94,11 +102,29 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[HiCo, pathlib.Path]:
     if not path.is_file():
         raise ValueError(f"{folder} holds no {load.CONFIG}; give a folder of released weights, or the workdir of a run")
     if load.holds_weights(load.read_config(folder)):
-        return load.load(folder).model, folder
+        dtype = dtype or usual_dtype(sum(one.stat().st_size for one in folder.iterdir()))
+        return load.load(folder, dtype=dtype, activations=dtype, mesh=mesh).model, folder
     experiment = config.from_json(path.read_text())
     graph, state = nnx.split(nnx.eval_shape(lambda: experiment.model.build(rngs=nnx.Rngs(params=0))))
     found = lora.load_merged(str(folder), checkpoint.to_dict(state))
-    return nnx.merge(graph, checkpoint.from_dict(found.params, state)), pathlib.Path(experiment.data.tokenizer)
+    model = nnx.merge(graph, checkpoint.from_dict(found.params, state))
+    dtype = dtype or usual_dtype(sum(p.nbytes for p in jax.tree.leaves(model)))
+    if dtype is not None:
+        model = jax.tree.map(lambda p: p.astype(dtype), model)
+        model = with_config(model, dataclasses.replace(model.config, dtype=dtype))
+    return model, pathlib.Path(experiment.data.tokenizer)
+
+
+def usual_dtype(num_bytes: int) -> str | None:
+    """In which type a model of so many bytes runs where none is named; None: in its own.
+
+    CPUs widen bfloat16 before every product, which takes longer and is less exact than float32 throughout. A model that
+    would take more than half of the memory as float32 stays what it is.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return "float32" if 2 * num_bytes <= memory / 2 else None
 
 
 def with_drop(model: HiCo, schedule: DropSchedule) -> HiCo:

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from hico_jax import __version__
 from hico_jax.options import (
+    DTYPE_HELP,
     bench_options,
     check_eval,
     compress_options,
@@ -156,6 +157,7 @@ def _ask(parser: argparse.ArgumentParser) -> None:
         help="the same, or one more about the same video; may be given again",
     )  # fmt: skip
     parser.add_argument("--model", metavar="FOLDER", help="released weights, or what training or the demo wrote")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=DTYPE_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
     seen = parser.add_argument_group("what the model sees")

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+DTYPE_HELP = "of parameters and activations (the model's own; float32 on a CPU)"
+
 
 def parse_drop(text: str) -> tuple[str, tuple[int, ...], tuple[float, ...]]:
     """The arguments of `batch.DropSchedule`, which checks what they mean.
@@ -183,6 +185,7 @@ def _drop_text(text: str) -> str:
 def serve_options(parser: argparse.ArgumentParser) -> None:
     """Options of `hico serve`. Keys come from HICO_API_KEY or HICO_API_KEYS, so that no process list shows them."""
     parser.add_argument("--model", metavar="FOLDER", help="released, exported or trained weights (runs/demo/model)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=DTYPE_HELP)
     parser.add_argument("--name", metavar="NAME", help="of the model, in the protocol (the folder's)")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (%(default)s); others need HICO_API_KEY")
     parser.add_argument("--port", metavar="N", type=count, default=8000, help="0 takes a free one (%(default)s)")

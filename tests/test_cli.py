@@ -25,7 +25,7 @@ SURFACE = {
     "demo": {"--out", "--quick", "--fresh", "--seed"},
     "ask": {
         "VIDEO", "QUESTION", "-q", "--question", "--model", "--json", "--max-frames", "--start", "--end", "--reader",
-        "--drop", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--repetition-penalty", "--seed",
+        "--drop", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--repetition-penalty", "--seed", "--dtype",
     },
     "train": set(),
     "eval": {
@@ -45,7 +45,7 @@ SURFACE = {
         "--model", "--name", "--host", "--port", "--host-name", "--lanes", "--piece", "--queue", "--drop",
         "--max-frames",
         "--max-new-tokens", "--no-warm", "--allow-host", "--max-upload", "--max-seconds", "--max-source-frames",
-        "--read-seconds", "--request-seconds", "--connections", "--work",
+        "--read-seconds", "--request-seconds", "--connections", "--work", "--dtype",
     },
     "plan": set(),
     "world": {"--out", "--preset", "--seed", "--film", "--seconds", "--needle-at"},

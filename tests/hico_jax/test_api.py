@@ -188,7 +188,7 @@ def test_mistakes(model: api.Model, tmp_path: pathlib.Path) -> None:
             model.logits([1, -200, 2], visuals)
     with pytest.raises(ValueError, match="dtype is 'int8'"):
         hico_jax.load(tmp_path, dtype="int8")
-    with pytest.raises(ValueError, match=r"config\.json does not exist"):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
         hico_jax.load(tmp_path)
     with pytest.raises(ValueError, match="has 70 tokens but the model has rows for 64"):
         api.check_vocabulary(70, 64, "here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -152,6 +153,28 @@ def test_the_workdir_of_a_run_is_a_model(asked_model: HiCo, words: Tokenizer, tm
     assert model.config == asked_model.config
     same(model, asked_model)
     assert load_tokenizer(folder).vocab_size == words.vocab_size
+
+
+def test_the_type_where_none_is_named(
+    asked_model: HiCo, words: Tokenizer, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = ask.with_config(
+        jax.tree.map(lambda p: p.astype("bfloat16"), asked_model),
+        dataclasses.replace(asked_model.config, dtype="bfloat16"),
+    )
+    export.export(half, tmp_path / "half")
+
+    def types(dtype: str | None = None) -> set[str]:
+        model, _ = ask.load_model(tmp_path / "half", dtype)
+        return {model.config.dtype, *(p.dtype.name for p in jax.tree.leaves(model))}
+
+    assert types() == {"float32"}
+    assert types("bfloat16") == {"bfloat16"}
+    monkeypatch.setattr("os.sysconf", lambda _: 1)  # a machine without memory
+    assert types() == {"bfloat16"}
+    monkeypatch.undo()
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    assert ask.usual_dtype(1) is None
 
 
 def test_another_schedule_keeps_the_weights(asked_model: HiCo) -> None:
