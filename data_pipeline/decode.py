@@ -249,10 +249,10 @@ def _jumping(path: str, index: FilmIndex, wanted: ndarray) -> Iterator[Any]:
         needed = set(times[wanted].tolist())
         source, position = _decode(film, stream, needed), 0  # `position`: index of the frame that comes next
         for target in wanted:
-            key, decode_time = keys[np.searchsorted(keys[:, 0], target, side="right") - 1]
+            key = keys[np.searchsorted(keys[:, 0], target, side="right") - 1, 0]
             jumped = key - position > SEEK_COST
-            if jumped:
-                film.seek(int(decode_time), stream=stream, backward=True, any_frame=False)
+            if jumped:  # by display time: sought by its decode time, an mp4 with B frames lands a keyframe too early
+                film.seek(int(times[key]), stream=stream, backward=True, any_frame=False)
                 source = _decode(film, stream, needed)
             frame = None
             for frame in source:
