@@ -26,6 +26,7 @@ SURFACE = {
     "ask": {
         "VIDEO", "QUESTION", "-q", "--question", "--model", "--json", "--max-frames", "--start", "--end", "--reader",
         "--drop", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--repetition-penalty", "--seed",
+        "--quantize",
     },
     "train": set(),
     "eval": {
@@ -40,11 +41,12 @@ SURFACE = {
         "--model", "--out", "--methods", "--tokens-per-frame", "--max-frames", "--seed", "--fresh", "--films",
         "--seconds", "--benchmark", "--annotations", "--videos", "--subtitles", "--limit",
     },
-    "bench": {"--model", "--out", "--frames", "--film", "--drop", "--max-tokens", "--timeout", "--fresh"},
+    "bench": {"--model", "--out", "--frames", "--film", "--drop", "--max-tokens", "--timeout", "--fresh",
+              "--quantize"},
     "serve": {
         "--model", "--name", "--host", "--port", "--host-name", "--lanes", "--piece", "--queue", "--drop",
-        "--max-frames",
-        "--max-new-tokens", "--no-warm", "--allow-host", "--max-upload", "--max-seconds", "--max-source-frames",
+        "--max-frames", "--max-new-tokens", "--quantize",
+        "--no-warm", "--allow-host", "--max-upload", "--max-seconds", "--max-source-frames",
         "--read-seconds", "--request-seconds", "--connections", "--work",
     },
     "plan": set(),

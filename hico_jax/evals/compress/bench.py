@@ -88,7 +88,7 @@ def _film(out: pathlib.Path, seconds: int) -> str:
     return str(path)
 
 
-def _run(model: str, film: str, frames: int, method: str, drop: str, timeout: float, kind: str) -> dict[str, Any]:
+def _run(model: str, film: str, frames: int, method: str, drop: str, timeout: float, kind: str = "") -> dict[str, Any]:
     command = [sys.executable, "-m", "hico_jax.evals.compress.latency", model, film, str(frames), method, drop, kind]
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
     try:
