@@ -22,7 +22,7 @@ import av.error
 import numpy as np
 
 from data_pipeline.containers import LEAKS, VideoError, guard, sniff
-from hico_jax.shapes import UInt8, ndarray
+from hico_jax.shapes import Int, UInt8, ndarray
 
 MAX_PIXELS = 1 << 26  # of one frame; larger is refused before anything is decoded
 SMALL_PIXELS = 640 * 368  # below this a frame decodes faster without threads
@@ -68,12 +68,23 @@ def film_index(path: str | os.PathLike[str]) -> FilmIndex:
     return read(path, container, status.st_mtime_ns, status.st_size)
 
 
+def seeks(path: str | os.PathLike[str], indices: Int[ndarray, " T"]) -> bool:
+    """Whether a film can be begun at its middle: tried once, or every piece would decode all before it."""
+    path = os.path.abspath(path)
+    index = film_index(path)
+    if not len(index.times) or not len(indices):
+        return False
+    with guard(path, "decoding"):
+        return next(_jumping(path, index, indices[len(indices) // 2 :][:1], 1), None) is not None
+
+
 def iter_film(
-    path: str | os.PathLike[str], indices: Sequence[int] | ndarray
+    path: str | os.PathLike[str], indices: Sequence[int] | ndarray, threads: int = 0
 ) -> Iterator[UInt8[ndarray, "height width 3"]]:
     """The frame of each index, in order. Indices may repeat but not fall. One frame is held at a time.
 
-    A frame that does not decode in a damaged film is replaced by the one shown before it, as players do.
+    A frame that does not decode in a damaged film is replaced by the one shown before it, as players do. `threads` of
+    the decoder; 0 chooses by the size of its frames.
 
     Raises:
       VideoError: the film cannot be read.
@@ -90,7 +101,7 @@ def iter_film(
         return
     unique, counts = np.unique(wanted, return_counts=True)
     with guard(path, "decoding"):
-        for frame, count in zip(_frames(path, index, unique), counts, strict=True):
+        for frame, count in zip(_frames(path, index, unique, threads), counts, strict=True):
             upright = _upright(frame, index)
             for _ in range(count):
                 yield upright
@@ -227,32 +238,32 @@ def _decode(film: Any, stream: Any, wanted: Container[int] | None = None) -> Ite
             return
 
 
-def _frames(path: str, index: FilmIndex, wanted: ndarray) -> Iterator[Any]:
+def _frames(path: str, index: FilmIndex, wanted: ndarray, threads: int) -> Iterator[Any]:
     """One decoded frame per wanted index (rising), jumping where that is cheaper and known to be exact."""
     done = 0
     if len(index.times):
-        for frame in _jumping(path, index, wanted):
+        for frame in _jumping(path, index, wanted, threads):
             if frame is None:
                 break
             yield frame
             done += 1
     if done < len(wanted):
-        yield from _from_start(path, index, wanted[done:])
+        yield from _from_start(path, index, wanted[done:], threads)
 
 
-def _jumping(path: str, index: FilmIndex, wanted: ndarray) -> Iterator[Any]:
+def _jumping(path: str, index: FilmIndex, wanted: ndarray, threads: int) -> Iterator[Any]:
     """As `_frames`; gives None and ends when the file does not behave as its packets promised."""
     keys, times = index.keys, index.times
     with _open(path, index.container) as film:
         stream = _video_stream(path, film)
-        _set_threads(stream.codec_context, index)
+        _set_threads(stream.codec_context, index, threads)
         needed = set(times[wanted].tolist())
         source, position = _decode(film, stream, needed), 0  # `position`: index of the frame that comes next
         for target in wanted:
-            key, decode_time = keys[np.searchsorted(keys[:, 0], target, side="right") - 1]
+            key = keys[np.searchsorted(keys[:, 0], target, side="right") - 1, 0]
             jumped = key - position > SEEK_COST
-            if jumped:
-                film.seek(int(decode_time), stream=stream, backward=True, any_frame=False)
+            if jumped:  # by display time: sought by its decode time, an mp4 with B frames lands a keyframe too early
+                film.seek(int(times[key]), stream=stream, backward=True, any_frame=False)
                 source = _decode(film, stream, needed)
             frame = None
             for frame in source:
@@ -273,11 +284,11 @@ def _is_start(frame: Any) -> bool:
     return bool(frame.key_frame) and int(frame.pict_type) in (0, 1)  # 1: intra; 0: the codec does not say
 
 
-def _from_start(path: str, index: FilmIndex, wanted: ndarray) -> Iterator[Any]:
+def _from_start(path: str, index: FilmIndex, wanted: ndarray, threads: int) -> Iterator[Any]:
     """Decode everything up to the last wanted frame, telling frames by time where times are known, else by counting."""
     with _open(path, index.container) as film:
         stream = _video_stream(path, film)
-        _set_threads(stream.codec_context, index)
+        _set_threads(stream.codec_context, index, threads)
         last, at, frames = None, -1, _decode(film, stream)
         following = next(frames, None)
         for target in wanted:
@@ -295,10 +306,11 @@ def _from_start(path: str, index: FilmIndex, wanted: ndarray) -> Iterator[Any]:
             yield last
 
 
-def _set_threads(context: Any, index: FilmIndex) -> None:
-    small = index.width * index.height <= SMALL_PIXELS
-    context.thread_type = "NONE" if small else "AUTO"
-    context.thread_count = 1 if small else min(4, os.cpu_count() or 1)
+def _set_threads(context: Any, index: FilmIndex, threads: int) -> None:
+    threads = threads or min(4, os.cpu_count() or 1)
+    alone = threads == 1 or index.width * index.height <= SMALL_PIXELS
+    context.thread_type = "NONE" if alone else "AUTO"
+    context.thread_count = 1 if alone else threads
 
 
 def _upright(frame: Any, index: FilmIndex) -> UInt8[ndarray, "height width 3"]:

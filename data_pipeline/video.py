@@ -9,11 +9,13 @@ Next: data_pipeline/chat.py
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import dataclasses
 import fractions
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import av
 import numpy as np
@@ -155,16 +157,24 @@ def iter_frames(
     indices: Sequence[int] | ndarray,
     size: tuple[int, int] | None = None,
     chunk: int = 32,
+    workers: int = 1,
 ) -> Iterator[UInt8[ndarray, "T height width 3"]]:
     """Frames of rising indices in pieces of at most `chunk`; never holds more than one piece.
+
+    With `workers`, so many pieces of a film are decoded at the same time, each by a thread that opens it for itself,
+    and twice as many are held.
 
     Raises:
       VideoError: the film cannot be read.
       ValueError: an index is outside the film, or indices fall.
     """
-    info = open_video(path)
+    info, indices = open_video(path), np.asarray(indices, np.int64)
+    if workers > 1 and info.kind == "film" and len(indices) > chunk and decode.seeks(info.path, indices):
+        parts = [indices[i : i + chunk] for i in range(0, len(indices), chunk)]
+        yield from _side_by_side(lambda part: np.stack(list(_iter(info, part, size, threads=1))), parts, workers)
+        return
     held: list[ndarray] = []
-    for frame in _iter(info, np.asarray(indices, np.int64), size):
+    for frame in _iter(info, indices, size):
         held.append(frame)
         if len(held) == chunk:
             yield np.stack(held)
@@ -173,8 +183,21 @@ def iter_frames(
         yield np.stack(held)
 
 
+def _side_by_side(work: Callable[[ndarray], ndarray], parts: Sequence[ndarray], workers: int) -> Iterator[ndarray]:
+    """`work` of each part in order; the next ones run meanwhile."""
+    pool = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="decoding")
+    try:
+        under_way = collections.deque(pool.submit(work, part) for part in parts[: 2 * workers])
+        for part in (*parts[2 * workers :], *(None,) * len(under_way)):
+            yield under_way.popleft().result()
+            if part is not None:
+                under_way.append(pool.submit(work, part))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _iter(
-    info: VideoInfo, indices: ndarray, size: tuple[int, int] | None
+    info: VideoInfo, indices: ndarray, size: tuple[int, int] | None, threads: int = 0
 ) -> Iterator[UInt8[ndarray, "height width 3"]]:
     if len(indices) and not 0 <= indices.min() <= indices.max() < info.num_frames:
         raise ValueError(
@@ -187,7 +210,7 @@ def _iter(
     elif info.kind == "picture":
         frames = stills.iter_picture(info.path, indices)
     else:
-        frames = decode.iter_film(info.path, indices)
+        frames = decode.iter_film(info.path, indices, threads)
     for frame in frames:
         if size is not None:
             yield resize(frame, *size)

@@ -37,6 +37,7 @@ from data_pipeline import chat, image, layout
 from data_pipeline.frames import time_message
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from hico_jax import ask, film, generate
+from hico_jax import quantize as packing
 from hico_jax.batch import Batch, DropSchedule
 from hico_jax.convert import load as released
 from hico_jax.film import Answer, Film, Viewer
@@ -56,6 +57,7 @@ def load(
     *,
     mesh: Mesh | None = None,
     tokens_per_frame: int | None = None,
+    quantize: str | None = None,
 ) -> Model:
     """Read a model.
 
@@ -64,9 +66,10 @@ def load(
         except on a CPU (`ask.usual_dtype`).
       mesh: where to put the parameters; None is the default device.
       tokens_per_frame: 16 or 64 for an InternVL HiCo model whose folder does not say R16 or R64.
+      quantize: "int8" holds the language model's weights in 8 bits: decoding reads half the bytes.
 
     Raises:
-      ValueError: the folder holds no model, a damaged one, or one that is not supported.
+      ValueError: the folder holds no model, a damaged one, or one that is not supported; int8 with a mesh.
     """
     try:
         dtype = None if dtype is None else jnp.dtype(dtype).name
@@ -81,6 +84,12 @@ def load(
         model = _reshaped(
             model, compressor=dataclasses.replace(model.config.compressor, tokens_per_frame=tokens_per_frame)
         )
+    if quantize is not None:
+        if mesh is not None:
+            raise ValueError(
+                f"quantize is {quantize!r} with a mesh; packed weights lie on one device, leave out the mesh"
+            )
+        model = packing.quantized(model, quantize)
     return Model(model, tokenizer_folder, eos=_eos(folder, raw.get("released", raw)))
 
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from data_pipeline.frames import Sampling
 from data_pipeline.tokenizer import load_tokenizer
-from hico_jax import checkpoint, config, film, lora
+from hico_jax import checkpoint, config, film, lora, quantize
 from hico_jax.batch import DropSchedule
 from hico_jax.convert import load
 from hico_jax.generate import GenerationConfig
@@ -46,6 +46,8 @@ def main(args: argparse.Namespace) -> int:
     model, tokenizer_folder = load_model(folder, args.dtype)
     if args.drop is not None:
         model = with_drop(model, DropSchedule(*args.drop))
+    if args.quantize:
+        model = quantize.quantized(model, args.quantize)
     tokenizer = load_tokenizer(tokenizer_folder)
     sampling = film.INFERENCE
     if args.max_frames is not None:

@@ -29,6 +29,7 @@ from hico_jax.options import (
     not_negative,
     parse_drop,
     positive,
+    quantize_option,
     seconds,
     serve_options,
 )
@@ -179,6 +180,7 @@ def _ask(parser: argparse.ArgumentParser) -> None:
     said.add_argument("--top-k", metavar="K", type=count, default=0, help="0 keeps all (%(default)s)")
     said.add_argument("--repetition-penalty", metavar="R", type=not_negative, default=1.0, help="(%(default)s)")
     said.add_argument("--seed", type=count, default=0, help="of the sampling (%(default)s)")
+    quantize_option(said)
 
 
 def _check_ask(args: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """Watch a film once, ask about it as often as you like.
 
 In: a path and a model. Out: the film's visual tokens (`Film`), then answers with what each step took. Frames are
-read, resized, encoded and let go a few clips at a time, so memory grows with the film's visual tokens only.
+read ahead, resized, encoded and let go a few clips at a time, so memory grows with the film's visual tokens only.
 Next: hico_jax/generate.py
 """
 
@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,9 @@ from hico_jax.models.hico import HiCo
 from hico_jax.shapes import Array, Float, Int, UInt8, ndarray
 
 INFERENCE = Sampling("dynamic_fps1", 64, 512, 8)  # what `chat` of the released models uses
+READING = 4  # pieces of a film that are decoded at the same time, where there are cores
 UIDS = itertools.count(1)
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Film:
     fps: float
     duration_s: float
     num_clips: int
-    read_s: float  # decoding and resizing
+    read_s: float  # waiting for frames: decoding and resizing beyond what happens while clips are encoded
     encode_s: float  # tower, merging and projector
     uid: int = dataclasses.field(default_factory=UIDS.__next__)  # tells equal-looking media apart
 
@@ -95,7 +99,7 @@ class Viewer:
         indices, duration = video.choose(info, self.sampling, start=start, end=end)
         clips = layout.Visual.film(len(indices), self.geometry).num_clips
         self.check_room(path, clips)
-        return self.assemble(path, self._chunks(path, indices, order), indices, info.fps, duration)
+        return self.assemble(path, ahead(self._chunks(path, indices, order)), indices, info.fps, duration)
 
     def assemble(
         self,
@@ -128,7 +132,7 @@ class Viewer:
         step = self.clips_per_step * self.geometry.frames_per_clip
         size = (self.geometry.image_px, self.geometry.image_px)
         if order is None and (np.diff(indices) >= 0).all():
-            yield from video.iter_frames(path, indices, size, step)
+            yield from video.iter_frames(path, indices, size, step, workers=min(READING, os.cpu_count() or 1))
             return
         wanted = indices if order is None else indices[order]
         whole = np.argsort(wanted, kind="stable")
@@ -223,6 +227,44 @@ class Viewer:
             blank if f is None else jnp.pad(f.visual, ((0, 0), (0, width - f.visual.shape[1]), (0, 0))) for f in films
         ]
         return batch, jnp.concatenate(visual)
+
+
+def ahead(items: Iterable[T], most: int = 2) -> Iterator[T]:
+    """The same items, made by a thread of its own while the last one is used; at most `most` wait.
+
+    So decoding a film costs no time beside a tower that is slower. What the thread raises is raised here.
+    """
+    made: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(most)
+    stop, end = threading.Event(), object()
+
+    def put(item: Any, error: BaseException | None = None) -> None:
+        while not stop.is_set():
+            try:
+                made.put((item, error), timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(item)
+                if stop.is_set():
+                    return
+            put(end)
+        except BaseException as error:
+            put(end, error)
+
+    thread = threading.Thread(target=work, daemon=True, name="reading ahead")
+    thread.start()
+    try:
+        while (got := made.get())[0] is not end:
+            yield got[0]
+        if got[1] is not None:
+            raise got[1]
+    finally:
+        stop.set()
+        thread.join()
 
 
 @jax.jit

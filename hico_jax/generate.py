@@ -146,8 +146,7 @@ def prefill(
 
 def logits_of(llm: Any, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
     """Float32 logits of hidden states. Hand in few positions: the vocabulary is wide."""
-    weight = llm.unembed_weight().astype(x.dtype)
-    return jnp.einsum("BLD,DV->BLV", x, weight, preferred_element_type=jnp.float32)
+    return llm.logits(x)
 
 
 def choose(

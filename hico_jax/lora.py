@@ -25,6 +25,7 @@ from flax import nnx
 from hico_jax import checkpoint
 from hico_jax.convert.rules import Rule
 from hico_jax.convert.safetensors_io import write_file
+from hico_jax.models.layers import inputs
 from hico_jax.optim import LoraConfig
 
 PREFIX = "lora"
@@ -59,16 +60,6 @@ def _dense(base: Any) -> Any:
     import qwix
 
     return qwix.dequantize(base)
-
-
-def inputs(axes: tuple[str | None, ...]) -> int:
-    """How many of a weight's dims are multiplied with: all but the last where heads are joined again, else the first.
-
-    Example:
-      >>> inputs(("embed", "heads", "head_dim")), inputs(("heads", "head_dim", "embed")), inputs(("embed", "mlp"))
-      (1, 2, 1)
-    """
-    return len(axes) - 1 if len(axes) > 2 and axes[-1] in ("embed", "vision_embed") else 1
 
 
 def _sides(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> tuple[tuple[int, ...], int, int]:

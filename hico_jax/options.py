@@ -156,6 +156,14 @@ def compress_options(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--limit", metavar="N", type=positive, help="only the first N questions of each file")
 
 
+def quantize_option(parser: argparse._ActionsContainer) -> None:
+    """What `quantize.quantized` takes."""
+    parser.add_argument(
+        "--quantize", choices=("int8",), help="hold the language model's weights in 8 bits (docs/speed.md); a GPU then "
+        "answers faster, other machines need less memory",
+    )  # fmt: skip
+
+
 def bench_options(parser: argparse.ArgumentParser) -> None:
     """Options of `hico bench`."""
     parser.add_argument("--model", metavar="FOLDER", required=True, help="released, exported or trained weights")
@@ -174,6 +182,7 @@ def bench_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", metavar="S", type=seconds, default=0.0, help="of one line; 0 is none (%(default)s)"
     )
+    quantize_option(parser)
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on from what DIR holds")
 
 
@@ -197,6 +206,7 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--drop", metavar="KIND:LAYERS:RATIOS", type=parse_drop, help="as of `hico ask`")
     asked.add_argument("--max-frames", metavar="N", type=positive, help="of a video (the model's own limit)")
     asked.add_argument("--max-new-tokens", metavar="N", type=positive, default=1024, help="(%(default)s)")
+    quantize_option(asked)
     asked.add_argument("--no-warm", action="store_true", help="listen at once; the first requests compile")
     limits = parser.add_argument_group("limits")
     limits.add_argument("--allow-host", metavar="HOST", action="append", default=[], help="whose URLs are read (none)")

@@ -37,7 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "hico_jax.convert.rules": (),
     "hico_jax.convert.safetensors_io": (),
     "hico_jax.models": (),
-    "hico_jax.models.layers": ("hico_jax.shapes", "hico_jax.kernels.norm", "hico_jax.parallel.sharding"),
+    "hico_jax.models.layers": ("hico_jax.shapes", "hico_jax.kernels", "hico_jax.parallel.sharding"),
     "hico_jax.models.attention": ("hico_jax.shapes", "hico_jax.kernels", "hico_jax.parallel"),
     "hico_jax.models.projector": _BRICKS,
     "hico_jax.models.vision": _BRICKS,
@@ -65,7 +65,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "hico_jax.overview": (*_TRAINING, "hico_jax.step"),
     "hico_jax.lora": (
         "hico_jax.checkpoint", "hico_jax.optim", "hico_jax.convert.rules", "hico_jax.convert.safetensors_io",
+        "hico_jax.models.layers",
     ),
+    "hico_jax.quantize": ("hico_jax.kernels.packed", "hico_jax.models.layers"),
     "hico_jax.samples": ("hico_jax.batch", "hico_jax.generate"),
     "hico_jax.step": _TRAINING,
     "hico_jax.train": (
@@ -76,7 +78,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "hico_jax.serve": ("hico_jax", "data_pipeline"),
     "hico_jax.evals": (
         *_CONTRACT, "hico_jax.parallel", "hico_jax.film", "hico_jax.generate", "hico_jax.ask", "hico_jax.models",
-        "hico_jax.registry", "hico_jax.report", "hico_jax.options", "data_pipeline",
+        "hico_jax.quantize", "hico_jax.registry", "hico_jax.report", "hico_jax.options", "data_pipeline",
     ),
     "hico_jax.plan": ("hico_jax", "configs"),
     "hico_jax.report": (),

@@ -25,7 +25,8 @@ SURFACE = {
     "demo": {"--out", "--quick", "--fresh", "--seed"},
     "ask": {
         "VIDEO", "QUESTION", "-q", "--question", "--model", "--json", "--max-frames", "--start", "--end", "--reader",
-        "--drop", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--repetition-penalty", "--seed", "--dtype",
+        "--drop", "--max-new-tokens", "--temperature", "--top-p", "--top-k", "--repetition-penalty", "--seed",
+        "--quantize", "--dtype",
     },
     "train": set(),
     "eval": {
@@ -33,19 +34,20 @@ SURFACE = {
         "--drop", "--repetition-penalty", "--fresh",
     },
     "niah": {
-        "--model", "--out", "--fresh", "--haystack", "--repeat", "--needles", "--images", "--hops", "--count",
+        "--model", "--out", "--fresh", "--haystack", "--repeat", "--needles", "--images", "--hops", "--decoys", "--count",
         "--letters", "--seed", "--frames", "--depths", "--insertion", "--prompt", "--devices",
     },
     "compress": {
         "--model", "--out", "--methods", "--tokens-per-frame", "--max-frames", "--seed", "--fresh", "--films",
         "--seconds", "--benchmark", "--annotations", "--videos", "--subtitles", "--limit",
     },
-    "bench": {"--model", "--out", "--frames", "--film", "--drop", "--max-tokens", "--timeout", "--fresh"},
+    "bench": {"--model", "--out", "--frames", "--film", "--drop", "--max-tokens", "--timeout", "--fresh",
+              "--quantize"},
     "serve": {
         "--model", "--name", "--host", "--port", "--host-name", "--lanes", "--piece", "--queue", "--drop",
-        "--max-frames",
-        "--max-new-tokens", "--no-warm", "--allow-host", "--max-upload", "--max-seconds", "--max-source-frames",
-        "--read-seconds", "--request-seconds", "--connections", "--work", "--dtype",
+        "--max-frames", "--max-new-tokens", "--quantize", "--dtype",
+        "--no-warm", "--allow-host", "--max-upload", "--max-seconds", "--max-source-frames",
+        "--read-seconds", "--request-seconds", "--connections", "--work",
     },
     "plan": set(),
     "world": {"--out", "--preset", "--seed", "--film", "--seconds", "--needle-at"},

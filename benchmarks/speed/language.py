@@ -49,25 +49,28 @@ def prefill(*, model: str, frames: int, kind: str, small: bool) -> dict[str, Any
     }  # fmt: skip
 
 
-def decode(*, model: str, frames: int, small: bool, kernels: bool = True) -> dict[str, Any]:
-    """Tokens a second at batch 1, and whether another prompt length compiles again."""
+def decode(*, model: str, frames: int, small: bool, packing: str = "", kernels: bool = True) -> dict[str, Any]:
+    """Tokens a second at batch 1, and whether another prompt length compiles again. `packing` as `quantize.KINDS`."""
     if not kernels:
         decode_kernels.PLATFORM = "none"
     why = ""
     whole = models.config_of(model, small)
     config = whole.llm
     visual = (16 if small else frames) * whole.compressor.tokens_per_frame
-    llm = models.build(config, jnp.bfloat16)
+    llm = models.build(config, jnp.bfloat16, packing=packing)
     compiled: Any = generate._decode
     settings = generate.GenerationConfig(max_new_tokens=8 if small else 256, eos=(-1,))
     drop = models.schedule("none", config.num_layers)
     length = visual + models.TEXT
 
-    def answer(text: int) -> tuple[float, Any, float]:
+    def begun(text: int) -> tuple[Any, Any]:
         stream, plan = models.row(config, visual, drop, text=text, length=length)
-        logits, cache = jax.block_until_ready(
+        return jax.block_until_ready(
             generate.begin(llm, stream, plan, schedule=drop, room=settings.max_new_tokens)
-        )
+        )  # fmt: skip
+
+    def answer(text: int) -> tuple[float, Any, float]:
+        logits, cache = begun(text)
         size = models.num_bytes(cache)
         began = time.perf_counter()
         made = generate.finish(llm, logits, cache, settings)
@@ -75,20 +78,21 @@ def decode(*, model: str, frames: int, small: bool, kernels: bool = True) -> dic
 
     try:
         first, made, size = answer(models.TEXT)
-    except Exception as error:  # the joined kernels do not compile here: measure without them, and say so
-        decode_kernels.JOINED, why = False, f"; products one by one: {str(error)[:120]}"
+    except Exception as error:  # packed kernels do not compile here: measure without them, and say so
+        why = f"; NOT packed: {str(error)[:120]}"
         jax.clear_caches()
+        llm = models.build(config, jnp.bfloat16)
         first, made, size = answer(models.TEXT)
     programs = compiled._cache_size()
     took, made, size = min((answer(models.TEXT) for _ in range(2)), key=lambda a: a[0])
     other, _, _ = answer(models.TEXT - 16)
     again = compiled._cache_size() - programs
     count = int(made.lengths[0])
-    stream, plan = models.row(config, visual, drop, length=length)
-    logits, cache = jax.block_until_ready(
-        generate.begin(llm, stream, plan, schedule=drop, room=settings.max_new_tokens)
-    )
+    logits, cache = begun(models.TEXT)
     found = measure.profile(lambda: (generate.finish(llm, logits, cache, settings), None)[1])
+    began = time.perf_counter()
+    begun(models.TEXT)
+    prefill_s = time.perf_counter() - began
     read = models.num_bytes(llm) - (0 if config.tied else config.vocab_size * config.embed_dim * 2)
     moved = read + size * (length / (length + settings.max_new_tokens))
     roof = 1 / measure.roof_seconds(moved=moved)
@@ -98,8 +102,9 @@ def decode(*, model: str, frames: int, small: bool, kernels: bool = True) -> dic
         "value": value, "roof": roof, "compile_s": max(0.0, first - took), "peak_gib": measure.peak_gib(),
         "kernels": found, "compiled_again": again, "other_length": count / other, "ms_per_token": took / count * 1e3,
         "bytes_per_token": moved, "of_datasheet_bandwidth": moved * value / sheet if sheet else None,
-        "note": f"{took / count * 1e3:.2f} ms a token, {moved * value / 1e12:.2f} TB/s, {again} programs more for "
-        f"another length ({count / other:.0f} tokens/s){why}",
+        "prefill_s": prefill_s, "weights_gib": models.num_bytes(llm) / 2**30,
+        "note": f"{packing or 'stacks'}: {took / count * 1e3:.2f} ms a token, {moved * value / 1e12:.2f} TB/s, {again} "
+        f"programs more for another length ({count / other:.0f} tokens/s), prefill {prefill_s:.2f} s{why}",
     }  # fmt: skip
 
 

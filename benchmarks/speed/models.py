@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from data_pipeline.drop import plan_drop
-from hico_jax import registry
+from hico_jax import quantize, registry
 from hico_jax.batch import Batch, DropPlan, DropSchedule
 from hico_jax.models.llm.decoder import Stream
 
@@ -23,9 +23,15 @@ def config_of(name: str, small: bool) -> Any:
     return dataclasses.replace(registry.model_config("nano" if small else name), dtype="bfloat16")
 
 
-def build(config: Any, dtype: Any, parts: tuple[str, ...] = ()) -> Any:
-    """A module with random weights, without ever holding them in another precision. `parts` keeps only some of it."""
-    graph, state = nnx.split(_part(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(params=0))), parts))
+def build(config: Any, dtype: Any, parts: tuple[str, ...] = (), packing: str = "") -> Any:
+    """A module with random weights, without ever holding them in another precision. `parts` keeps only some of it.
+
+    With `packing`, a language model's matrices are held for decoding (`quantize.KINDS`).
+    """
+    model = _part(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(params=0))), parts)
+    if packing:
+        model = quantize.quantized(model, packing, quantize.shape_of)
+    graph, state = nnx.split(model)
     return nnx.merge(graph, weights(state, dtype))
 
 
@@ -37,7 +43,7 @@ def _part(model: Any, parts: tuple[str, ...]) -> Any:
 
 
 def weights(state: Any, dtype: Any) -> Any:
-    """Random numbers in the shapes of a state, scales of norms 1."""
+    """Random numbers in the shapes of a state, scales of norms 1. Words of 8-bit numbers are random too."""
 
     @jax.jit
     def make() -> Any:
@@ -45,6 +51,10 @@ def weights(state: Any, dtype: Any) -> Any:
 
         def one(path: Any, a: Any) -> Any:
             key = next(keys)
+            if a.dtype == jnp.int32:
+                return jax.lax.bitcast_convert_type(jax.random.bits(key, a.shape, jnp.uint32), jnp.int32)
+            if getattr(path[-1], "name", "") == "scale":  # of 8-bit numbers, spread over all of their range
+                return jnp.full(a.shape, 0.02 / 74, jnp.float32)
             if any(getattr(p, "key", None) == "scale" for p in path):
                 return jnp.ones(a.shape, dtype)
             return jax.random.normal(key, a.shape, dtype) * jnp.asarray(0.02, dtype)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from benchmarks.speed import measure
 from hico_jax.kernels import decode as kernels
+from hico_jax.kernels import packed as packs
 from hico_jax.models import attention
 
 
@@ -72,4 +73,56 @@ def decode(small: bool) -> dict[str, Any]:
     return {
         "value": best, "roof": measure.roofs()["copy"] / 1e12, "forms": found, "peak_gib": measure.peak_gib(),
         "note": "; ".join(f"{k} {v:.2f}" for k, v in found.items() if isinstance(v, float))[:190],
+    }  # fmt: skip
+
+
+def packed(small: bool) -> dict[str, Any]:
+    """Products out of packed stacks, of the 7B model's shapes, in several cuts: bytes a second."""
+    layers = 2 if small else 12
+    shapes = {"gated": (3584, 18944, 2), "down": (18944, 3584, 1), "out": (3584, 3584, 1)}
+    shapes = {"gated": (512, 64, 2)} if small else shapes
+    interpret = jax.default_backend() == "cpu"
+    found: dict[str, Any] = {}
+    for kind in ("int8", "rows"):
+        for name, (inner, outer, count) in shapes.items():
+            size = (layers, outer, inner // (packs.BYTES if kind == "int8" else 1))
+            keys = jax.random.split(jax.random.key(0), count)
+            if kind == "int8":
+                bits = [jax.random.bits(key, size, jnp.uint32) for key in keys]
+                values = [jax.lax.bitcast_convert_type(b, jnp.int32) for b in bits]
+                scale = jnp.full(size[:2], 1e-4, jnp.float32)
+            else:
+                values, scale = [jax.random.normal(key, size, jnp.bfloat16) for key in keys], None
+            held = [packs.Packed(v, scale, (inner,), (outer,)) for v in values]
+            x = jax.random.normal(jax.random.key(1), (1, inner), jnp.float32 if kind == "int8" else jnp.bfloat16)
+            gated, moved = count == 2, sum(v.nbytes for v in values)
+            chosen = packs.cut_of(held, gated)
+            assert chosen is not None
+            others = [(16, 128, 2, 8), (8, 128, 2, 8), (8, 128, 4, 8), (16, 128, 1, 8), (4, 64, 8, 4), (8, 64, 4, 4)]
+            cuts = [chosen, *(packs.Cut(*c) for c in (others if not small else ()) if packs.Cut(*c) != chosen)]
+            for cut in cuts:
+                title = f"{kind} {name} {'x'.join(map(str, cut))}{' (chosen)' if cut == chosen else ''}"
+
+                def run(x: Any, held: Any, cut: Any = cut, gated: bool = gated) -> Any:
+                    def step(i: Any, total: Any) -> Any:
+                        (y,) = packs.product(
+                            x + total[:, :1].astype(x.dtype) * 0, held, i, gated=gated, cut=cut, interpret=interpret
+                        )  # fmt: skip
+                        return total + y
+
+                    return jax.lax.fori_loop(0, layers, step, jnp.zeros((1, held[0].outputs[0]), jnp.float32))
+
+                try:
+                    jitted = jax.jit(run)
+                    took = measure.seconds(lambda f=jitted, x=x, held=held: f(x, held), 5)
+                except Exception as error:
+                    measure.say(f"{title}: failed: {str(error).splitlines()[0][:200]}")
+                    found[title] = str(error)[:200]
+                    continue
+                found[title] = moved / took / 1e12
+                measure.say(f"{title}: {found[title]:.2f} TB/s, {took / layers * 1e6:.1f} us a layer")
+    best = max((v for v in found.values() if isinstance(v, float)), default=0.0)
+    return {
+        "value": best, "roof": measure.roofs()["copy"] / 1e12, "forms": found, "peak_gib": measure.peak_gib(),
+        "note": "; ".join(f"{k} {v:.2f}" for k, v in found.items() if isinstance(v, float) and "chosen" in k),
     }  # fmt: skip

@@ -2,7 +2,8 @@
 
 Decoding reads all weights and all keys for each token, so memory is its roof. XLA would first copy a layer's weights
 and keys out of their stacks, which triples the traffic; these kernels (Pallas, compiled by Triton) take the
-stack and the layer's number. Elsewhere, and for many rows, plain products of the layer's slice run.
+stack and the layer's number. Elsewhere, and for many rows, plain products of the layer's slice run. Weights that
+are held for decoding (`packed.py`) take norms, biases, gates and residuals into their kernels.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from hico_jax.kernels import packed
+from hico_jax.kernels.packed import Packed
 from hico_jax.shapes import Array, Bool, Float, Int
 
 PLATFORM = "gpu"  # where the kernels run; tests set another
@@ -25,12 +29,17 @@ MOST_ROWS = 4  # more are a matrix product
 MATRIX = 1 << 14  # fewer numbers of a layer are a vector, and cheap to copy
 KEYS, QUERIES = 64, 16  # of a step of attention; tensor cores take no fewer than 16 queries
 ATTENTION_PROGRAMS = 264
+JOINED_PARTS = 32  # of a step of what joins them
 _LOW = -1e30
 
 
 def runs(x: Array) -> bool:
     """Whether the kernels run here: a GPU, half precision, one device."""
-    return jax.default_backend() == PLATFORM and x.dtype == jnp.bfloat16 and jax.sharding.get_abstract_mesh().empty
+    return _here() and x.dtype == jnp.bfloat16
+
+
+def _here() -> bool:
+    return jax.default_backend() == PLATFORM and jax.sharding.get_abstract_mesh().empty
 
 
 class Tiles(NamedTuple):
@@ -49,9 +58,9 @@ JOINED = True  # several products of one input as one kernel; benchmarks compare
 
 
 class Stacked:
-    """A layer's matrix inside the stack of all layers. `contract` takes it where it takes a matrix."""
+    """A layer's array inside the stack of all layers. `contract` takes it where it takes an array."""
 
-    def __init__(self, stack: Array, layer: Array) -> None:
+    def __init__(self, stack: Any, layer: Array) -> None:
         self.stack, self.layer = stack, layer
 
     def __getitem__(self, _: Any) -> Stacked:
@@ -63,26 +72,106 @@ class Stacked:
         return self
 
 
+class Normed(NamedTuple):
+    """What a norm would make of `x`, left to the product that reads it."""
+
+    x: Array
+    scale: Stacked
+    eps: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.x.shape
+
+
 def layer_of(blocks: Any, layer: Array, x: Float[Array, "B 1 D"]) -> Any:
     """Layer number `layer` of stacked modules; its matrices stay in the stack where the kernels can read them there."""
-    few = runs(x) and x.shape[0] <= MOST_ROWS
+    fused = _fused(blocks)
+    few = x.shape[0] <= MOST_ROWS and (_here() if fused else runs(x))
 
-    def one(stack: Array) -> Any:
-        matrix = stack.ndim > 2 and stack.size // stack.shape[0] >= MATRIX
-        return Stacked(stack, layer) if few and matrix and stack.dtype == x.dtype else stack[layer]
+    def one(stack: Any) -> Any:
+        if few and not _is_packed(stack) and not fused:
+            few_bytes = stack.ndim <= 2 or stack.size // stack.shape[0] < MATRIX
+            return stack[layer] if few_bytes or stack.dtype != x.dtype else Stacked(stack, layer)
+        return Stacked(stack, layer) if few and fused else stack[layer]
 
-    return jax.tree.map(one, blocks)
-
-
-def contract(pattern: str, x: Array, weight: Any) -> Array:
-    """`einsum(pattern, x, weight)`, the weight a matrix or `Stacked`, in the type of `x`."""
-    return contract_all(pattern, x, (weight,))[0]
+    return jax.tree.map(one, blocks, is_leaf=_is_packed)
 
 
-def contract_all(pattern: str, x: Array, weights: Sequence[Any]) -> list[Array]:
-    """`contract` for several weights of one input: one kernel where it reads them out of the stacks."""
+def widened(blocks: Any, x: Float[Array, "B 1 D"]) -> Float[Array, "B 1 D"]:
+    """The tokens as the layers' kernels like them best: float32 between products with 8-bit words."""
+    words = any(p.scale is not None for p in _packs(blocks))
+    return x.astype(jnp.float32) if words and _here() and x.shape[0] <= MOST_ROWS and _fused(blocks) else x
+
+
+def _is_packed(x: Any) -> bool:
+    return isinstance(x, Packed)
+
+
+def _packs(blocks: Any) -> list[Packed]:
+    return [p for p in jax.tree.leaves(blocks, is_leaf=_is_packed) if _is_packed(p)]
+
+
+def _fused(blocks: Any) -> bool:
+    """Whether the matrices are packed, and in sizes that the kernels take."""
+    return bool(found := _packs(blocks)) and all(packed.cut_of([p]) is not None for p in found)
+
+
+def contract(pattern: str, x: Any, weight: Any, add: Array | None = None, dtype: Any = None) -> Array:
+    """`einsum(pattern, x, weight) + add`, the weight a matrix or `Stacked`, in the type of `x` or a wider one."""
+    if _is_packed(weight) and _here() and x.shape[0] <= MOST_ROWS and x.shape[1] == 1 and _fused(weight):
+        weight = Stacked(jax.tree.map(lambda a: a[None], weight), jnp.zeros((), jnp.int32))  # it is in no stack
+    if _held(weight):
+        (out,) = _packed(x, (weight,), add=add, dtype=dtype)
+        return out
+    (out,) = _contract_all(pattern, x, (weight,), dtype)
+    return out if add is None else add + out
+
+
+def contract_all(pattern: str, x: Any, weights: Sequence[Any], biases: Sequence[Any] = ()) -> list[Array]:
+    """`contract` for several weights of one input, and their biases: one kernel where it reads them out of stacks."""
+    if _held(weights[0]):
+        return _packed(x, weights, biases=biases)
+    out = _contract_all(pattern, x, weights)
+    return [a + b.astype(x.dtype) for a, b in zip(out, biases, strict=True)] if biases else out
+
+
+def gated(pattern: str, x: Any, gate: Any, up: Any) -> Array:
+    """`silu(contract(x, gate)) * contract(x, up)`."""
+    if _held(gate):
+        (out,) = _packed(x, (gate, up), gated=True)
+        return out
+    of_gate, of_up = _contract_all(pattern, x, (gate, up))
+    return jax.nn.silu(of_gate) * of_up
+
+
+def _held(weight: Any) -> bool:
+    return isinstance(weight, Stacked) and _is_packed(weight.stack)
+
+
+def _packed(
+    x: Any, weights: Sequence[Any], *, biases: Sequence[Any] = (), add: Array | None = None, gated: bool = False,
+    dtype: Any = None,
+) -> list[Array]:  # fmt: skip
+    norm = packed.Norm(x.scale.stack, x.eps) if isinstance(x, Normed) else None
+    x = x.x if isinstance(x, Normed) else x
+    packs, layer, lead = [w.stack for w in weights], weights[0].layer, x.shape[:2]
+    flat = x.reshape(lead[0], -1)
+    wide = flat.astype(jnp.float32) if packs[0].scale is not None else flat
+    if dtype is None:
+        dtype = add.dtype if add is not None else wide.dtype
+    out = packed.product(
+        wide, packs, layer, norm=norm, biases=[b.stack.reshape(b.stack.shape[0], -1) for b in biases],
+        add=None if add is None else add.reshape(lead[0], -1), gated=gated, dtype=dtype,
+        interpret=jax.default_backend() == "cpu",
+    )  # fmt: skip
+    return [part.reshape(*lead, *pack.outputs) for part, pack in zip(out, packs, strict=False)]
+
+
+def _contract_all(pattern: str, x: Array, weights: Sequence[Any], dtype: Any = None) -> list[Array]:
     if not all(isinstance(weight, Stacked) for weight in weights):
-        return [jnp.einsum(pattern, x, weight.astype(x.dtype)) for weight in weights]
+        kind = {} if dtype is None else {"preferred_element_type": dtype}
+        return [jnp.einsum(pattern, x, weight.astype(x.dtype), **kind) for weight in weights]
     ours, theirs = pattern.split("->")[0].split(",")
     summed = sum(axis in ours for axis in theirs)
     inner = math.prod(weights[0].stack.shape[1 : 1 + summed])
@@ -90,7 +179,7 @@ def contract_all(pattern: str, x: Array, weights: Sequence[Any]) -> list[Array]:
     if tiles_of(inner, [f.shape[2] for f in flat]) is None:
         return [jnp.einsum(pattern, x, weight.stack[weight.layer]) for weight in weights]
     if not JOINED and len(weights) > 1:
-        return [contract(pattern, x, weight) for weight in weights]
+        return [_contract_all(pattern, x, (weight,))[0] for weight in weights]
     out = product(x.reshape(-1, inner), flat, weights[0].layer, interpret=jax.default_backend() == "cpu")
     kept = [(*x.shape[:2], *weight.stack.shape[1 + summed :]) for weight in weights]
     return [part.astype(x.dtype).reshape(shape) for part, shape in zip(out, kept, strict=True)]
@@ -211,9 +300,9 @@ def attention(
         stats_ref[row, head, part, 0] = total
         stats_ref[row, head, part, 1] = top
 
-    shape = (rows, kv_heads, splits)
+    shape = (rows, kv_heads, pl.next_power_of_2(max(splits, JOINED_PARTS)))  # what is beyond the parts is not read
     acc, stats = pl.pallas_call(
-        kernel, grid=shape,
+        kernel, grid=(rows, kv_heads, splits),
         out_shape=(
             jax.ShapeDtypeStruct((*shape, QUERIES, width), jnp.float32),
             jax.ShapeDtypeStruct((*shape, 2, QUERIES), jnp.float32),
@@ -221,7 +310,37 @@ def attention(
         compiler_params=None if interpret else _params(4, 3), interpret=interpret,
         name="decode_attention",
     )(layer.reshape(1), q, k, v, visible.astype(jnp.int8))  # fmt: skip
-    total, top = stats[..., 0, :], stats[..., 1, :]
-    scale = jnp.exp(top - top.max(2, keepdims=True))
-    out = (acc * scale[..., None]).sum(2) / (total * scale).sum(2)[..., None]
-    return out[:, :, :group].reshape(rows, heads, width)
+    return _joined(acc, stats, splits, heads, interpret)
+
+
+def _joined(
+    acc: Float[Array, "B K N Q d"], stats: Float[Array, "B K N 2 Q"], parts: int, heads: int, interpret: bool
+) -> Float[Array, "B H d"]:
+    """The parts' softmaxes as one, a program for each head."""
+    rows, kv_heads, every, _, width = acc.shape
+    group, some = heads // kv_heads, JOINED_PARTS
+
+    def kernel(acc_ref: Any, stats_ref: Any, out_ref: Any) -> None:
+        row, head = pl.program_id(0), pl.program_id(1)
+        kv_head, query = head // group, head % group
+
+        def stat(which: int, first: int, count: int, other: float) -> Array:
+            inside = first + jnp.arange(count) < parts
+            at = stats_ref.at[row, kv_head, pl.ds(first, count), np.int32(which), query]
+            return plgpu.load(at, mask=inside, other=other)
+
+        tops = stat(1, 0, every, _LOW)
+        top = tops.max()
+        total = (stat(0, 0, every, 0.0) * jnp.exp(tops - top)).sum()
+        out = jnp.zeros(width, jnp.float32)
+        for first in range(0, parts, some):
+            inside = first + jnp.arange(some) < parts
+            at = acc_ref.at[row, kv_head, pl.ds(first, some), query, :]
+            part = plgpu.load(at, mask=inside[:, None], other=0.0)
+            out += (part * jnp.exp(stat(1, first, some, _LOW) - top)[:, None]).sum(0)
+        out_ref[row, head, :] = out / total
+
+    return pl.pallas_call(
+        kernel, grid=(rows, heads), out_shape=jax.ShapeDtypeStruct((rows, heads, width), jnp.float32),
+        compiler_params=None if interpret else _params(4, 1), interpret=interpret, name="decode_attention_join",
+    )(acc, stats)  # fmt: skip

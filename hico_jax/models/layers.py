@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hico_jax.kernels import norm
+from hico_jax.kernels import decode, norm
 from hico_jax.parallel.sharding import ring
 from hico_jax.shapes import Array, Float, Int
 
@@ -38,6 +38,16 @@ def xavier_uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, fan_out:
     """Random numbers between bounds that keep the variance through a layer (Glorot), in float32."""
     bound = math.sqrt(6 / (fan_in + fan_out))
     return jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
+
+
+def inputs(axes: tuple[str | None, ...]) -> int:
+    """How many of a weight's dims are multiplied with: all but the last where heads are joined again, else the first.
+
+    Example:
+      >>> inputs(("embed", "heads", "head_dim")), inputs(("heads", "head_dim", "embed")), inputs(("embed", "mlp"))
+      (1, 2, 1)
+    """
+    return len(axes) - 1 if len(axes) > 2 and axes[-1] in ("embed", "vision_embed") else 1
 
 
 def stack(make: Callable[[nnx.Rngs], T], num_layers: int, rngs: nnx.Rngs) -> T:
@@ -119,6 +129,11 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
         return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+    def ahead(self, x: Float[Array, "*lead D"]) -> Any:
+        """The norm for a product that reads it: left to that product's kernel where it does both."""
+        scale = self.scale[...]
+        return decode.Normed(x, scale, self.eps) if isinstance(scale, decode.Stacked) else self(x)
 
 
 @jax.custom_jvp

@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
     if args.model is None and not pathlib.Path(folder).is_dir():
         raise ValueError(f"no model was named and there is none in {folder}; give one with --model, or run `hico demo`")
     began = time.perf_counter()
-    model = api.load(folder, args.dtype)
+    model = api.load(folder, args.dtype, quantize=args.quantize)
     if args.drop is not None:
         from hico_jax.batch import DropSchedule
 

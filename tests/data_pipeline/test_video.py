@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline import video
+from data_pipeline.containers import sniff
 from data_pipeline.frames import Sampling
 from data_pipeline.image import resize
 from data_pipeline.video import VideoError
@@ -68,6 +69,15 @@ def test_chunks_are_bounded(film):
     pieces = [len(p) for p in video.iter_frames(film, np.arange(50), chunk=16)]
     assert pieces == [16, 16, 16, 2]
     assert list(video.iter_frames(film, [])) == []
+
+
+def test_pieces_decoded_side_by_side_are_the_same_frames(videos):
+    for path in (p for p in sorted(videos.iterdir()) if sniff(p) in ("mov", "matroska")):
+        indices = np.arange(0, video.open_video(path).num_frames, 3)
+        one = list(video.iter_frames(path, indices, (32, 48), 4))
+        several = list(video.iter_frames(path, indices, (32, 48), 4, workers=3))
+        assert [len(p) for p in several] == [len(p) for p in one]
+        np.testing.assert_array_equal(np.concatenate(several), np.concatenate(one))
 
 
 def test_a_folder(tmp_path):

@@ -20,11 +20,14 @@ from data_pipeline import video
 from data_pipeline.frames import Sampling
 from data_pipeline.options import DataConfig
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
-from hico_jax import ask, checkpoint, cli, config
+from hico_jax import api, ask, checkpoint, cli, config
 from hico_jax.batch import DropSchedule
 from hico_jax.config import CheckpointConfig, Experiment
 from hico_jax.convert import export
+from hico_jax.generate import GenerationConfig
+from hico_jax.kernels.packed import Packed
 from hico_jax.models.hico import HiCo
+from hico_jax.parallel.mesh import MeshConfig, make_mesh
 
 Ask = Callable[..., tuple[int, str, str]]
 
@@ -70,6 +73,25 @@ def test_an_answer_as_json_and_with_a_drop(run: Ask, noise_film: pathlib.Path) -
     assert answer["question"] == "What is seen?"
     assert (answer["frames"], answer["visual_tokens"], answer["kept"]) == (8, 8, [4])
     assert run(noise_film, "--max-frames", "8", "--json", "--drop", "uniform:9:1,0.5")[0] == cli.MISUSED
+
+
+def test_8_bits_answer_through_the_command_and_from_python(
+    run: Ask, exported: pathlib.Path, noise_film: pathlib.Path
+) -> None:
+    options = ("--max-frames", "8", "--json", "--drop", "uniform:1:1,0.5", "--quantize", "int8")
+    code, out, _ = run(noise_film, *options)
+    assert code == cli.OK
+    loaded = api.load(exported, quantize="int8")
+    assert isinstance(loaded.hico.llm.blocks.mlp.down.get_value(), Packed)
+    packed = ask.with_drop(loaded.hico, DropSchedule("uniform", (1,), (1.0, 0.5)))  # under another schedule
+    model = api.Model(packed, exported, eos=loaded.eos)
+    settings = GenerationConfig(max_new_tokens=3, eos=model.tokenizer.eos_ids)
+    answer = model.ask(model.watch(noise_film, max_frames=8), "What is seen?", settings=settings)
+    assert json.loads(out)["answers"][0]["answer"] == answer.text
+    with pytest.raises(ValueError, match="quantize is 'int3'; it must be one of int8"):
+        api.load(exported, quantize="int3")
+    with pytest.raises(ValueError, match="leave out the mesh"):
+        api.load(exported, quantize="int8", mesh=make_mesh(MeshConfig()))
 
 
 def test_fewer_frames_than_a_clip(run: Ask, tmp_path: pathlib.Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from data_pipeline import chat, video
 from data_pipeline.frames import Sampling, time_message
 from data_pipeline.tokenizer import PLACEHOLDER
-from hico_jax import ask, film
+from hico_jax import ask, film, generate
 from hico_jax.batch import DropSchedule
 from hico_jax.film import Viewer
 from hico_jax.generate import GenerationConfig
@@ -121,3 +122,34 @@ def test_frames_that_make_no_whole_clips(viewer: Viewer, noise_film: Any) -> Non
     odd = Viewer(viewer.model, viewer.tokenizer, sampling=Sampling("middle", 1, 6))
     with pytest.raises(ValueError, match="6 frames do not make whole clips of 4"):
         odd.watch(noise_film)
+
+
+def test_lengths_within_a_bucket_share_their_programs(viewer: Viewer, noise_film: Any) -> None:
+    """Three clips and two are four places; questions of other lengths end in the same multiple of 64 tokens."""
+    whole, part = viewer.watch(noise_film), viewer.watch(noise_film, start=4.0, end=8.0)
+    assert (whole.num_clips, part.num_clips) == (3, 1)
+    config = GenerationConfig(max_new_tokens=2, eos=())
+    rows = [viewer.row(f, q, ()) for f, q in ((whole, "What?"), (part, "What is there to see?"))]
+    lengths = [viewer.prompt([row], [f])[0].tokens.shape for row, f in zip(rows, (whole, part), strict=True)]
+    assert len(rows[0]) != len(rows[1])
+    assert lengths[0] == lengths[1]
+    viewer.ask(whole, "What?", config=config)
+    compiled = (film.encode, generate._splice, generate._prefill, generate._decode)
+    before = [f._cache_size() for f in compiled]
+    viewer.ask(viewer.watch(noise_film, start=4.0, end=8.0), "What is there to see?", config=config)
+    assert [f._cache_size() for f in compiled] == before
+
+
+def test_reading_ahead_gives_everything_and_raises_what_was_raised() -> None:
+    def items() -> Any:
+        yield from range(5)
+        raise ValueError("the sixth")
+
+    read = film.ahead(items(), 1)
+    assert [next(read) for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="the sixth"):
+        next(read)
+    for i in film.ahead(iter(range(1000)), 1):  # left early: its thread ends
+        if i == 3:
+            break
+    assert not [t for t in threading.enumerate() if t.name == "reading ahead"]

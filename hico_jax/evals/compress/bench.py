@@ -40,6 +40,7 @@ def main(args: argparse.Namespace) -> int:
     drop = args.drop_text or default_drop(model.config.llm.num_layers)
     out = pathlib.Path(args.out)
     settings = json.loads(json.dumps(card.model(model, args.model) | {"video_level": drop, "film": args.film or ""}))
+    settings |= {"quantize": args.quantize} if args.quantize else {}
     journal.claim(out, settings, fresh=args.fresh, name="bench")
     del model
     with journal.Appending(out / "bench.0.jsonl") as file:
@@ -57,7 +58,15 @@ def main(args: argparse.Namespace) -> int:
                     line["skipped"] = f"{tokens:,} tokens are more than --max-tokens {args.max_tokens:,}"
                 else:
                     print(f"{count:,} frames, compression {way} ...", flush=True)
-                    line |= _run(args.model, film, count, method, drop if "video" in way else "", args.timeout)
+                    line |= _run(
+                        args.model,
+                        film,
+                        count,
+                        method,
+                        drop if "video" in way else "",
+                        args.timeout,
+                        args.quantize or "",
+                    )
                 done[name] = line
                 if "skipped" not in line:
                     journal.add(file, line)
@@ -79,9 +88,8 @@ def _film(out: pathlib.Path, seconds: int) -> str:
     return str(path)
 
 
-def _run(model: str, film: str, frames: int, method: str, drop: str, timeout: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "hico_jax.evals.compress.latency", model, film, str(frames), method, drop]
-    command = command if drop else command[:-1]
+def _run(model: str, film: str, frames: int, method: str, drop: str, timeout: float, kind: str = "") -> dict[str, Any]:
+    command = [sys.executable, "-m", "hico_jax.evals.compress.latency", model, film, str(frames), method, drop, kind]
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
     try:
         done = subprocess.run(

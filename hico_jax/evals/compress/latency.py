@@ -1,6 +1,6 @@
 """One film from file to answer, each step timed and its memory told, in a process of its own.
 
-    python -m hico_jax.evals.compress.latency MODEL FILM FRAMES METHOD [DROP]
+    python -m hico_jax.evals.compress.latency MODEL FILM FRAMES METHOD [DROP [QUANTIZE]]
 
 A fresh process has no other film's peak memory. Programs are compiled before they are timed.
 
@@ -115,15 +115,20 @@ def _answer(model: HiCo, tokenizer: Any, visual: Array, frames: int) -> dict[str
     }  # fmt: skip
 
 
-def row(model_folder: str, film: str, frames: int, name: str, drop: str = "") -> dict[str, Any]:
-    """One line of the table; `drop` replaces the method's own."""
-    from hico_jax import ask  # what reads weights is not needed where they are random (benchmarks/long_video.py)
+def row(model_folder: str, film: str, frames: int, name: str, drop: str = "", kind: str = "") -> dict[str, Any]:
+    """One line of the table; `drop` replaces the method's own, `kind` is one of `quantize.KINDS`."""
+    from hico_jax import (
+        ask,
+        quantize,
+    )  # what reads weights is not needed where they are random (benchmarks/long_video.py)
 
     model, tokenizer_folder = ask.load_model(model_folder)
     (method,) = (m for m in methods.methods(model) if m.name == name)
     made = methods.apply(model, method)
     if drop:
         made = ask.with_drop(made, DropSchedule(*parse_drop(drop)))
+    if kind:
+        made = quantize.quantized(made, kind)
     found = measure(made, load_tokenizer(tokenizer_folder), film, frames)
     peak = card.peak_memory_mib()
     return {"frames": frames, "method": name, "drop": drop, **found, "peak_mib": peak}

@@ -288,7 +288,8 @@ def decode(
     blocks: Any, x: Float[Array, "B 1 D"], cache: kv_cache.Cache, *, angles: Callable[[Array], tuple[Array, Array]]
 ) -> tuple[Float[Array, "B 1 D"], kv_cache.Cache]:
     """One token of every row through all layers, each against the tokens its own group has kept."""
-    first, groups = 0, []
+    first, groups, dtype = 0, [], x.dtype
+    x = decode_kernels.widened(blocks, x)
     for group in cache.groups:
         count = group.k.shape[0]
         segments = kv_cache.mark(group.segments, cache.segment, cache.step, cache.room)
@@ -308,7 +309,7 @@ def decode(
         x, k, v = jax.lax.fori_loop(0, count, step, (x, group.k, group.v))
         groups.append(group.replace(k=k, v=v, segments=segments, position=group.position + 1))
         first += count
-    return x, cache.replace(groups=tuple(groups), step=cache.step + 1)
+    return x.astype(dtype), cache.replace(groups=tuple(groups), step=cache.step + 1)
 
 
 def final_weights(stream: Stream) -> Stream:

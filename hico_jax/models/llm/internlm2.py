@@ -94,7 +94,7 @@ class Attention(nnx.Module):
         self.wqkv = layers.param(fused, ("embed", "kv_heads", None, "head_dim"))
         self.wo = layers.param(out, ("heads", "head_dim", "embed"))
 
-    def _fused(self, x: Float[Array, "B L D"]) -> Float[Array, "B L K g d"]:
+    def _fused(self, x: Any) -> Float[Array, "B L K g d"]:
         """Called for queries and keys and again for values; the compiler computes it once."""
         return contract("BLD,DKgd->BLKgd", x, self.wqkv[...])
 
@@ -102,20 +102,24 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B L D"], place: Place
     ) -> tuple[Float[Array, "B L H d"], Float[Array, "B L K d"]]:
         """Rotated queries and keys."""
-        fused = self._fused(x)
-        q = fused[..., :-2, :].reshape(*x.shape[:2], -1, fused.shape[-1])
-        q = layers.rotate(q, place.cos, place.sin)
-        k = layers.rotate(fused[..., -2, :], place.cos, place.sin)
-        return shard(q, "batch", "length", "heads", None), shard(k, "batch", "length", "kv_heads", None)
+        return _query_key(self._fused(x), place)
 
     def value(self, x: Float[Array, "B L D"]) -> Float[Array, "B L K d"]:
         return shard(self._fused(x)[..., -1, :], "batch", "length", "kv_heads", None)
 
-    def query_key_value(self, x: Float[Array, "B L D"], place: Place) -> tuple[Array, Array, Array]:
-        return *self.query_key(x, place), self.value(x)
+    def query_key_value(self, x: Any, place: Place) -> tuple[Array, Array, Array]:
+        fused = self._fused(x)
+        return *_query_key(fused, place), shard(fused[..., -1, :], "batch", "length", "kv_heads", None)
 
-    def out(self, mixed: Float[Array, "B L H d"]) -> Float[Array, "B L D"]:
-        return contract("BLHd,HdD->BLD", mixed, self.wo[...])
+    def out(self, mixed: Float[Array, "B L H d"], add: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        return contract("BLHd,HdD->BLD", mixed, self.wo[...], add)
+
+
+def _query_key(fused: Float[Array, "B L K g d"], place: Place) -> tuple[Array, Array]:
+    q = fused[..., :-2, :].reshape(*fused.shape[:2], -1, fused.shape[-1])
+    q = layers.rotate(q, place.cos, place.sin)
+    k = layers.rotate(fused[..., -2, :], place.cos, place.sin)
+    return shard(q, "batch", "length", "heads", None), shard(k, "batch", "length", "kv_heads", None)
 
 
 class InternLM2(qwen2.Qwen2):

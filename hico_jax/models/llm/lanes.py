@@ -113,7 +113,8 @@ def step(
       rows: which lanes; None is all of them, in order, which spares copying what is read.
       lengths: how many places of each group are filled in each of these lanes.
     """
-    first = 0
+    first, dtype = 0, x.dtype
+    x = decode_kernels.widened(blocks, x)
     for group, (keys, values) in enumerate(zip(lanes.keys, lanes.values, strict=True)):
         at = lengths[group]
         place = Place(*angles(at[:, None]), at[:, None], jnp.ones((x.shape[0], 1), jnp.int32))
@@ -129,7 +130,7 @@ def step(
         x, keys, values = jax.lax.fori_loop(0, keys.shape[0], layer, (x, keys, values))
         lanes = lanes.of_group(group, keys, values)
         first += keys.shape[0]
-    return x, lanes
+    return x.astype(dtype), lanes
 
 
 def select(

@@ -10,13 +10,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from hico_jax.batch import DropPlan, DropSchedule
 from hico_jax.convert.rules import Rule
-from hico_jax.kernels.decode import contract, contract_all
+from hico_jax.kernels.decode import contract, contract_all, gated
+from hico_jax.kernels.packed import Packed
 from hico_jax.models import attention, layers
 from hico_jax.models.llm import cache as kv_cache
 from hico_jax.models.llm import decoder, lanes, reuse
@@ -206,18 +206,18 @@ class Attention(nnx.Module):
     def value(self, x: Float[Array, "B L D"]) -> Float[Array, "B L K d"]:
         return shard(_project(x, self.wv, self.bv), "batch", "length", "kv_heads", None)
 
-    def query_key_value(self, x: Float[Array, "B L D"], place: Place) -> tuple[Array, Array, Array]:
+    def query_key_value(self, x: Any, place: Place) -> tuple[Array, Array, Array]:
         """`query_key` and `value` together: of a single token one kernel reads all three weights."""
-        weights = (self.wq[...], self.wk[...], self.wv[...])
-        q, k, v = contract_all("BLD,DHd->BLHd", x, weights)
-        q, k, v = (a + b[...].astype(x.dtype) for a, b in ((q, self.bq), (k, self.bk), (v, self.bv)))
+        weights, biases = (self.wq[...], self.wk[...], self.wv[...]), (self.bq[...], self.bk[...], self.bv[...])
+        q, k, v = contract_all("BLD,DHd->BLHd", x, weights, biases)
         q, k = (layers.rotate(a, place.cos, place.sin) for a in (q, k))
         heads = ("heads", "kv_heads", "kv_heads")
         q, k, v = (shard(a, "batch", "length", axis, None) for a, axis in zip((q, k, v), heads, strict=True))
         return q, k, v
 
-    def out(self, mixed: Float[Array, "B L H d"]) -> Float[Array, "B L D"]:
-        return contract("BLHd,HdD->BLD", mixed, self.wo[...])
+    def out(self, mixed: Float[Array, "B L H d"], add: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """The heads joined again, and the stream they are added to."""
+        return contract("BLHd,HdD->BLD", mixed, self.wo[...], add)
 
 
 def _project(x: Array, weight: nnx.Param, bias: nnx.Param) -> Array:
@@ -233,9 +233,8 @@ class MLP(nnx.Module):
         self.up = layers.param(layers.normal(rngs, inward, config.init_std), ("embed", "mlp"))
         self.down = layers.param(layers.normal(rngs, outward, config.init_std), ("mlp", "embed"))
 
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        gate, up = contract_all("BLD,DF->BLF", x, (self.gate[...], self.up[...]))
-        return contract("BLF,FD->BLD", jax.nn.silu(gate) * up, self.down[...])
+    def __call__(self, x: Any, add: Float[Array, "B L D"] | None = None) -> Float[Array, "B L D"]:
+        return contract("BLF,FD->BLD", gated("BLD,DF->BLF", x, self.gate[...], self.up[...]), self.down[...], add)
 
 
 class Block(nnx.Module):
@@ -253,16 +252,10 @@ class Block(nnx.Module):
         q, k = self.attn.query_key(normed, place)
         v = self.attn.value(normed)
         mixed = attention.attend(
-            q,
-            k,
-            v,
-            q_positions=place.positions,
-            k_positions=place.positions,
-            q_segments=place.segments,
-            k_segments=place.segments,
-            plain=place.plain,
-        )
-        x = x + self.attn.out(mixed)
+            q, k, v, q_positions=place.positions, k_positions=place.positions,
+            q_segments=place.segments, k_segments=place.segments, plain=place.plain,
+        )  # fmt: skip
+        x = self.attn.out(mixed, x)
         return x + layers.in_slices(lambda x: self.mlp(self.post_norm(x)), x, place.slice), (k, v)
 
     def attention_query_key(self, x: Float[Array, "B L D"], place: Place) -> tuple[Array, Array]:
@@ -280,11 +273,11 @@ class Block(nnx.Module):
         visible: Bool[Array, "B S"],
     ) -> tuple[Float[Array, "B 1 D"], Array, Array]:
         """One token against the cache of its group, `at` its step and room; returns the stacks with it written in."""
-        normed = self.input_norm(x)
-        q, k, v = self.attn.query_key_value(normed, place)
+        q, k, v = self.attn.query_key_value(self.input_norm.ahead(x), place)
         keys, values = kv_cache.write(keys, layer, *at, k), kv_cache.write(values, layer, *at, v)
-        x = x + self.attn.out(attention.attend_one(q, keys, values, visible, layer))
-        return x + self.mlp(self.post_norm(x)), keys, values
+        mixed = attention.attend_one(q.astype(keys.dtype), keys, values, visible, layer)
+        x = self.attn.out(mixed, x)
+        return self.mlp(self.post_norm.ahead(x), x), keys, values
 
     def extend(
         self,
@@ -308,7 +301,7 @@ class Block(nnx.Module):
             mixed = attention.attend_some(q, k, v, place.segments, segments, at)
         else:
             mixed = attention.attend_piece(q, k, v, at)
-        x = x + self.attn.out(mixed)
+        x = self.attn.out(mixed, x)
         return x + layers.in_slices(lambda x: self.mlp(self.post_norm(x)), x, place.slice), keys, values
 
     def step(
@@ -323,14 +316,15 @@ class Block(nnx.Module):
         visible: Bool[Array, "R S"],
     ) -> tuple[Float[Array, "R 1 D"], Array, Array]:
         """`decode` for lanes that are filled differently far (`lanes.step`)."""
-        q, k, v = self.attn.query_key_value(self.input_norm(x), place)
+        q, k, v = self.attn.query_key_value(self.input_norm.ahead(x), place)
         keys, values = (lanes.write_rows(a, layer, rows, at, b) for a, b in ((keys, k), (values, v)))
+        q = q.astype(keys.dtype)
         if rows is None:
             mixed = attention.attend_one(q, keys, values, visible, layer)
         else:
             mixed = attention.attend_one(q, keys[layer, rows], values[layer, rows], visible)
-        x = x + self.attn.out(mixed)
-        return x + self.mlp(self.post_norm(x)), keys, values
+        x = self.attn.out(mixed, x)
+        return self.mlp(self.post_norm.ahead(x), x), keys, values
 
 
 class Qwen2(nnx.Module):
@@ -421,11 +415,17 @@ class Qwen2(nnx.Module):
         )  # fmt: skip
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        return lookup(self.embedding[...], tokens)
+        table: Any = self.embedding[...]
+        return table.take(tokens, self.norm.scale[...].dtype) if isinstance(table, Packed) else lookup(table, tokens)
 
-    def unembed_weight(self) -> Float[Array, "D V"]:
-        """What hidden states are multiplied by to give logits."""
-        return self.embedding[...].T if self.unembedding is None else self.unembedding[...]
+    def unembed_weight(self) -> Any:
+        """Float[D V]: what hidden states are multiplied by to give logits. A packed embedding lies that way already."""
+        table: Any = self.embedding[...] if self.unembedding is None else self.unembedding[...]
+        return table.T if self.unembedding is None and not isinstance(table, Packed) else table
+
+    def logits(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        """Float32 logits of hidden states. Hand in few positions: the vocabulary is wide."""
+        return contract("BLD,DV->BLV", x, self.unembed_weight(), dtype=jnp.float32)
 
 
 TORCH_NAMES = (
