@@ -34,8 +34,8 @@ SURFACE = {
         "--drop", "--repetition-penalty", "--fresh",
     },
     "niah": {
-        "--model", "--out", "--fresh", "--haystack", "--repeat", "--needles", "--images", "--hops", "--decoys", "--count",
-        "--letters", "--seed", "--frames", "--depths", "--insertion", "--prompt", "--devices",
+        "--model", "--out", "--fresh", "--haystack", "--repeat", "--needles", "--images", "--hops", "--decoys",
+        "--count", "--letters", "--seed", "--frames", "--depths", "--insertion", "--prompt", "--devices",
     },
     "compress": {
         "--model", "--out", "--methods", "--tokens-per-frame", "--max-frames", "--seed", "--fresh", "--films",
