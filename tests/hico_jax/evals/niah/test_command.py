@@ -93,7 +93,7 @@ def test_eight_devices_find_what_one_finds(
         (["--frames", "3"], "--frames 3 is less than one clip of 4 frames"),
         (["--frames", "x"], "'x' is not a whole number"),
         (["--depths", "2"], "'2' is not a number from 0 to 1"),
-        (["--hops", "9"], "2 to 8 cards, not 9"),
+        (["--hops", "9"], "2 to 8 cards, decoys included, not 9"),
         (["--needles", "gone.json"], "gone.json: there is no such annotation file"),
         (["--haystack", "gone.mp4"], "gone.mp4: no such file"),
         (["--haystack", "{film}", "--frames", "64"], "gives 12 frames at one a second; 64 were asked for"),
