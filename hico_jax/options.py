@@ -119,6 +119,9 @@ def niah_options(parser: argparse.ArgumentParser) -> None:
         help="so many cards of a second chain, so that the last card is not the only one without a hint (%(default)s)",
     )  # fmt: skip
     hidden.add_argument("--count", metavar="N", type=positive, default=20, help="how many needles (%(default)s)")
+    hidden.add_argument(
+        "--think", action="store_true", help="with --hops: the model names every card it passes before it answers"
+    )
     hidden.add_argument("--letters", action="store_true", help="ask the made-up world's questions with four options")
     hidden.add_argument("--seed", type=count, default=0, help="of the made-up world (%(default)s)")
     tried = parser.add_argument_group("what is tried")

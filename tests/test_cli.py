@@ -34,7 +34,7 @@ SURFACE = {
         "--drop", "--repetition-penalty", "--fresh",
     },
     "niah": {
-        "--model", "--out", "--fresh", "--haystack", "--repeat", "--needles", "--images", "--hops", "--decoys",
+        "--model", "--out", "--fresh", "--haystack", "--repeat", "--needles", "--images", "--hops", "--decoys", "--think",
         "--count", "--letters", "--seed", "--frames", "--depths", "--insertion", "--prompt", "--devices",
     },
     "compress": {

@@ -3,7 +3,7 @@
     videos/  images/      the media
     *.json  *.jsonl       annotations in the reference's format (conversations of human and gpt turns)
     stage{1,2,3,4}.yaml   which annotations each stage reads; paths are relative to the YAML file
-    {images,short,long}.yaml  questions about images, short films, long films alone
+    {images,short,middle,long}.yaml  questions about images, short, middle or long films alone
     tokenizer.json        a small byte-level BPE that knows this world's words
     val*.json test*.json  one question an item about scenes training never shows, with its kind and answer
     settings.json         what is being made; written first
@@ -110,12 +110,15 @@ def plan(preset: Preset, seed: int) -> list[Media]:
         "short": Look(preset.px, 2.0, preset.short_s, preset.card_s, preset.contents, preset.written),
         "long": Look(preset.px, 1.0, preset.long_s, preset.card_s, preset.contents, preset.written),
         "image": Look(preset.px, 1.0, (4.0, 4.0), (4.0, 4.0), preset.contents, preset.written),
+        "middle": Look(preset.px, 1.0, preset.middle_s, preset.card_s, preset.contents, preset.written),
     }
-    recipes = {"short": preset.recipes, "long": preset.long_recipes, "image": {"card": 1.0}}
+    recipes = {
+        "short": preset.recipes, "long": preset.long_recipes, "image": {"card": 1.0}, "middle": preset.middle_recipes,
+    }  # fmt: skip
     out: list[Media] = []
     index = 0
-    for split, groups in zip(SPLITS, (preset.train, preset.val, preset.test), strict=True):
-        for group, number in zip(looks, groups, strict=True):
+    for split, groups, middle in zip(SPLITS, (preset.train, preset.val, preset.test), preset.middle, strict=True):
+        for group, number in zip(looks, (*groups, middle), strict=True):
             for recipe in _share(recipes[group], number):
                 scene = make_scene(recipe, seed=seed, split=split, index=index, look=looks[group])
                 kind, ending = ("images", "jpg") if group == "image" else ("videos", "mp4")
@@ -131,7 +134,7 @@ def annotate(preset: Preset, seed: int, media: Sequence[Media]) -> dict[str, lis
         name: []
         for name in (
             "stage1_images.json", "stage1_videos.json", "stage2_images.json", "stage2_pairs.json", "stage2_videos.json",
-            "stage3_short.json", "stage3_long.jsonl", "text.jsonl",
+            "stage3_short.json", "stage3_middle.json", "stage3_long.jsonl", "text.jsonl",
             "val.json", "val_long.json", "test.json", "test_long.json",
         )
     }  # fmt: skip
@@ -142,7 +145,7 @@ def annotate(preset: Preset, seed: int, media: Sequence[Media]) -> dict[str, lis
         if m.split != "train":
             if m.group != "image":
                 for i, q in enumerate(choose(m.scene, preset.weights, rng, turns=2)):
-                    sheet = f"{m.split}{'_long' if m.group == 'long' else ''}.json"
+                    sheet = f"{m.split}{'' if m.group == 'short' else '_long'}.json"
                     files[sheet].append({**_item(m, [q], i), "kind": q.kind, "answer": q.answer})
             continue
         if m.group == "image":
@@ -157,6 +160,7 @@ def annotate(preset: Preset, seed: int, media: Sequence[Media]) -> dict[str, lis
                 turns=preset.turns,
                 choice_share=preset.choice_share,
                 paper_share=preset.paper_share,
+                think_share=preset.think_share,
             )
             for _ in range(preset.conversations)
         ]
@@ -164,7 +168,7 @@ def annotate(preset: Preset, seed: int, media: Sequence[Media]) -> dict[str, lis
         if m.group == "short":
             files["stage1_videos.json"].append(_item(m, [caption], 0))
             files["stage2_videos.json"].append(_item(m, [caption, *drawn[0][: preset.turns - 1]], 1))
-        target = "stage3_short.json" if m.group == "short" else "stage3_long.jsonl"
+        target = f"stage3_{m.group}.json{'l' if m.group == 'long' else ''}"
         files[target].extend(_item(m, questions, 2 + i) for i, questions in enumerate(drawn))
     files["stage2_pairs.json"] = _pairs(preset, [m for m in media if m.split == "train" and m.group == "image"])
     files["text.jsonl"] = texts.text_items(np.random.default_rng((seed, 3)), preset.texts)
@@ -205,13 +209,14 @@ def _stages(files: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
             ("text.jsonl", "all"),
         ),
         "stage3.yaml": (
-            ("stage3_short.json", "all"), ("stage3_long.jsonl", "all"), ("stage2_images.json", "first:50%"),
-            ("text.jsonl", "first:25%"),
+            ("stage3_short.json", "all"), ("stage3_middle.json", "all"), ("stage3_long.jsonl", "all"),
+            ("stage2_images.json", "first:50%"), ("text.jsonl", "first:25%"),
         ),
         # Short films only: four to twelve frames a row, what a small model learns from on two cores.
         "short.yaml": (("stage3_short.json", "all"),),
         # One kind each, so that every batch has one shape and a small model meets the easy things first.
         "images.yaml": (("stage2_images.json", "all"),),
+        "middle.yaml": (("stage3_middle.json", "all"),),
         "long.yaml": (("stage3_long.jsonl", "all"),),
         "stage4.yaml": (("stage3_short.json", "end:50%"), ("stage3_long.jsonl", "all")),
     }  # fmt: skip

@@ -22,6 +22,9 @@ class Preset:
     px: int = 96
     short_s: tuple[float, float] = (4.0, 12.5)  # 4 to 12 frames at 1 fps; one length alone does not generalize
     long_s: tuple[float, float] = (24.0, 64.0)
+    middle: tuple[int, int, int] = (0, 0, 0)  # films between short and long, in train, val and test
+    middle_s: tuple[float, float] = (16.0, 32.0)  # room for up to eight cards
+    middle_recipes: dict[str, float] = dataclasses.field(default_factory=lambda: {"chain": 1.0})
     card_s: tuple[float, float] = (3.0, 5.0)
     contents: tuple[str, ...] = DIGITS  # what is written on cards
     written: float = 0.0  # share of cards with something written
@@ -29,6 +32,7 @@ class Preset:
     conversations: int = 2  # conversations about one video
     choice_share: float = 0.0  # share of questions asked as multiple choice
     paper_share: float = 0.0  # share of questions about needles and chains asked in the words of the paper's files
+    think_share: float = 0.0  # share of those about chains whose answer names every card on the way
 
 
 # The main skill (what is on the card?) keeps most of the weight; the rest must not crowd it out of a small model.
@@ -60,16 +64,21 @@ HICO_NANO = Preset(
     vocabulary=1024,
     long_s=(32.0, 512.0),
     recipes={
-        "card": 0.3, "two_cards": 0.15, "three_cards": 0.1, "chain": 0.12, "two_chains": 0.08,
-        "mover": 0.1, "count": 0.06, "blink": 0.04, "scenes": 0.05,
+        "card": 0.27, "two_cards": 0.14, "three_cards": 0.1, "chain": 0.12, "two_chains": 0.08,
+        "mover": 0.14, "count": 0.08, "blink": 0.04, "scenes": 0.03,
+    },
+    middle=(2400, 48, 96),
+    middle_recipes={
+        "card": 0.08, "two_cards": 0.06, "three_cards": 0.06, "chain": 0.35, "two_chains": 0.35, "mover": 0.06,
+        "count": 0.04,
     },
     long_recipes={
         "card": 0.3, "two_cards": 0.12, "three_cards": 0.08, "chain": 0.2, "two_chains": 0.15,
         "mover": 0.07, "count": 0.04, "blink": 0.04,
     },
     weights={
-        **_NEEDLE, "first": 1.5, "second": 1.5, "order": 1.0, "shape": 1.5, "hint": 2.0, "chain": 5.0,
-        "when": 1.0, "part": 1.0, "present": 0.2, "count": 1.0, "mover": 1.0, "direction": 2.0, "blinks": 1.0,
+        **_NEEDLE, "first": 1.5, "second": 1.5, "order": 1.0, "shape": 1.5, "hint": 2.0, "chain": 4.0, "walk": 3.0,
+        "when": 1.0, "part": 1.0, "present": 0.2, "count": 1.0, "mover": 1.0, "direction": 3.0, "blinks": 1.0,
         "caption": 0.3,
     },
     contents=(*DIGITS, *LETTERS, *WORDS),
@@ -78,6 +87,7 @@ HICO_NANO = Preset(
     conversations=4,
     choice_share=0.1,
     paper_share=0.3,
+    think_share=0.5,
 )  # fmt: skip
 
 PRESETS: dict[str, Preset] = {

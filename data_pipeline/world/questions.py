@@ -17,6 +17,7 @@ from data_pipeline.world.scene import COLOURS, DIGITS, DIRECTIONS, LETTERS, SHAP
 
 ONLY_BEST = "Only give the best option."
 TAIL = "\nOnly give the best option. Best option: ("  # how every question of the paper's needle files ends
+THINK = "\nName every card you pass, then give the best option in brackets."  # what it ends with to be thought about
 MAX_SECONDS = 16  # "at which second" is asked of films up to this long
 
 
@@ -65,6 +66,10 @@ def _from(colour: str, read: Callable[[tuple[Card, ...]], str | None]) -> Callab
         return read(found) if found else None
 
     return answer
+
+
+def _walk(chain: Sequence[Card]) -> str:
+    return ", ".join(card.colour for card in chain)
 
 
 def _hint(colour: str) -> Callable[[Scene], str | None]:
@@ -178,6 +183,13 @@ KINDS: dict[str, Kind] = {
         )
         for c in COLOURS
     },
+    **{
+        f"walk_{c}": Kind(
+            f"Start at the {c} card and follow the colours written on the cards. Name every card you pass.", (),
+            _from(c, _walk),
+        )
+        for c in COLOURS
+    },
     # time
     "when": Kind("At which second does the card appear?", tuple(map(str, range(MAX_SECONDS))), _when),
     "part": Kind("Is the card at the start, in the middle or at the end?", ("start", "middle", "end"), _part),
@@ -280,6 +292,12 @@ def paper_chain(
     )  # fmt: skip
 
 
+def thinking(question: str, letter: str, chain: Sequence[Card]) -> tuple[str, str]:
+    """A question about a chain that asks for the way as well, and the answer that follows it: one card at a time."""
+    last = chain[-1]
+    return question.removesuffix(TAIL) + THINK, f"{_walk(chain)}: {last.colour} {last.content} ({letter})"
+
+
 def choose(
     scene: Scene,
     weights: Mapping[str, float],
@@ -288,11 +306,12 @@ def choose(
     turns: int,
     choice_share: float = 0.0,
     paper_share: float = 0.0,
+    think_share: float = 0.0,
 ) -> list[Question]:
     """Up to `turns` different questions about a scene, drawn by weight; some of them as multiple choice.
 
     A weight of "order" or "order_red" alike counts for the kinds that begin so. `paper_share` of the questions that the
-    paper's needle tests would ask are asked in its words.
+    paper's needle tests would ask are asked in its words, and `think_share` of those about a chain want the way told.
     """
     asked = [(weights.get(q.kind, weights.get(q.kind.split("_")[0], 0.0)), q) for q in ask_all(scene)]
     asked = [(w, q) for w, q in asked if w > 0]
@@ -304,7 +323,7 @@ def choose(
     for i in picked:
         question = asked[i][1]
         if paper_share and question.kind.startswith(("card_", "chain_")) and rng.uniform() < paper_share:
-            out.append(_in_the_papers_words(question, scene, rng))
+            out.append(_in_the_papers_words(question, scene, rng, think_share))
             continue
         if choice_share and len(KINDS[question.kind].answers) > 2 and rng.uniform() < choice_share:
             question = multiple_choice(question, rng)
@@ -312,13 +331,17 @@ def choose(
     return out
 
 
-def _in_the_papers_words(question: Question, scene: Scene, rng: np.random.Generator) -> Question:
+def _in_the_papers_words(
+    question: Question, scene: Scene, rng: np.random.Generator, think_share: float
+) -> Question:  # fmt: skip
     if question.kind.startswith("card_"):
         text, letter = paper_needle(question.text, question.answer, KINDS[question.kind].answers, rng)
     else:
         chain = follow(scene.cards, question.kind.rsplit("_", 1)[1])
         others = [card for card in scene.cards if card not in chain]
         text, letter = paper_chain(chain, rng, others)["shape" in question.kind]
+        if think_share and rng.uniform() < think_share:
+            text, letter = thinking(text, letter, chain)
     return Question(question.kind, text, letter, ("A", "B", "C", "D"))
 
 

@@ -48,8 +48,9 @@ def corpus(preset: str | Preset = "nano", *, scenes: int = 600) -> list[str]:
         seconds = scene.duration_s if i % 2 else float(rng.uniform(1, 10_000))
         lines.append(f"The video lasts for {seconds:.2f} seconds, and {frames} frames are uniformly sampled from it.")
         for question in choose(
-            scene, preset.weights, rng, turns=4, choice_share=preset.choice_share, paper_share=preset.paper_share
-        ):
+            scene, preset.weights, rng, turns=4, choice_share=preset.choice_share, paper_share=preset.paper_share,
+            think_share=preset.think_share,
+        ):  # fmt: skip
             lines += [question.text, question.answer]
     for question, answer in _FACTS:
         lines += [question, answer]

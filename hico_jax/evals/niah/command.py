@@ -7,6 +7,7 @@ Next: hico_jax/evals/niah/needles.py
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ def _main(args: argparse.Namespace, model: HiCo, tokenizer_folder: pathlib.Path)
     chosen = haystack.indices(path, frames[-1], repeat=args.repeat)
     print(f"encoding {frames[-1]} frames of {path} once ...", flush=True)
     hay = haystack.encode(model, path, chosen, grid.kept(hidden, geometry.frames_per_clip))
-    asker = probe.Probe(model, load_tokenizer(tokenizer_folder), prompt)
+    asker = probe.Probe(model, load_tokenizer(tokenizer_folder), prompt, think=args.think)
     with progress.bar("questions") as tick:
         lines = trials.run(asker, hay, hidden, grid, out, tick=tick)
     told = settings | {"distinct_frames": hay.distinct, "devices": args.devices}
@@ -74,7 +75,20 @@ def _main(args: argparse.Namespace, model: HiCo, tokenizer_folder: pathlib.Path)
 
 
 def hide(args: argparse.Namespace, px: int) -> list[needles.Needle]:
-    """The needles that the options name."""
+    """The needles that the options name, asked to think where they say so.
+
+    Raises:
+      ValueError: thinking about one card, or about a question without options.
+    """
+    found = _hide(args, px)
+    if not args.think:
+        return found
+    if args.hops == 1:
+        raise ValueError("--think is for chains: give --hops 2 or more, or leave it out")
+    return [dataclasses.replace(n, asked=tuple(needles.thoughtful(a) for a in n.asked)) for n in found]
+
+
+def _hide(args: argparse.Namespace, px: int) -> list[needles.Needle]:
     if args.needles:
         path = pathlib.Path(args.needles)
         images = pathlib.Path(args.images) if args.images else path.parent
@@ -101,7 +115,7 @@ def settings_of(
         "haystack": args.haystack or "made-up world", "needles": args.needles or "made-up world",
         "number_of_needles": len(hidden), "frames": grid.frames, "frames_per_second": 1,
         "depths": grid.places, "insertions": grid.insertions, "pictures": [len(n.pictures) for n in hidden],
-        "decoys": args.decoys,
+        "decoys": args.decoys, "think": args.think,
         "frames_per_picture": model.config.geometry().frames_per_clip, "prompt": prompt, "decoding": "greedy",
         "repeated_haystack": args.repeat, "seed": args.seed,
     }  # fmt: skip

@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_pipeline.image import pad_square, read_image, resize
 from data_pipeline.world import draw
-from data_pipeline.world.questions import paper_chain, paper_needle
+from data_pipeline.world.questions import TAIL, THINK, paper_chain, paper_needle
 from data_pipeline.world.scene import COLOURS, SHAPES, Card
 from hico_jax.evals.bench import annotations
 from hico_jax.shapes import UInt8, ndarray
@@ -129,6 +129,11 @@ def world_chains(number: int, hops: int, px: int, seed: int, *, decoys: int = 0)
             )
         )
     return found
+
+
+def thoughtful(asked: Asked) -> Asked:
+    """The same question, to be answered with the way to the answer first."""
+    return dataclasses.replace(asked, question=asked.question.removesuffix(TAIL) + THINK)
 
 
 def _pair(rng: np.random.Generator, avoid: Sequence[str]) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 Teacher-forced, as in the paper: is every token of the right answer the likeliest one after those before it?
 Generated: what does the model say, and is that the answer?
+A model that thinks names the card of every frame it passes, then an option: only what it says counts.
 
 In: a trial's visual tokens and a question. Out: `Found`.
 Next: hico_jax/evals/niah/grid.py
@@ -41,7 +42,7 @@ NO_LIMIT = 1 << 30  # the test goes beyond the length the model was trained for,
 class Found:
     """What came of one question."""
 
-    forced: bool  # teacher-forced: every answer token was the likeliest
+    forced: bool  # teacher-forced: every answer token was the likeliest; of a model that thinks, as `generated`
     log_prob: float  # of the whole answer
     generated: bool
     answer: str
@@ -58,6 +59,8 @@ class Probe:
     tokenizer: Tokenizer
     prompt: str = "paper"
     max_new_tokens: int = 8
+    think: bool = False  # questions end with `questions.THINK`: the way is told before the answer
+    max_thought_tokens: int = 64
 
     def ids(self, question: str, num_frames: int) -> list[int]:
         """The prompt with one placeholder for all frames.
@@ -83,7 +86,8 @@ class Probe:
         batch = zigzag.deal(batch, sharding.ring())
         visual = haystack.gather(hay.tokens, trial.extra, trial.index)
         answer = self.tokenizer.encode(asked.answer)
-        config = GenerationConfig(max_new_tokens=max(self.max_new_tokens, len(answer)), eos=self.tokenizer.eos_ids)
+        most = self.max_thought_tokens if self.think else max(self.max_new_tokens, len(answer))
+        config = GenerationConfig(max_new_tokens=most, eos=self.tokenizer.eos_ids)
         stream, schedule = generate.spliced(self.model, batch, visual), self.model.config.drop
         logits, cache = generate.begin(
             self.model.llm, stream, batch.drop, schedule=schedule, room=config.max_new_tokens
@@ -92,10 +96,11 @@ class Probe:
         made = generate.finish(self.model.llm, logits, cache, config)
         said = chat.clean_answer(self.tokenizer, made.ids[0, : made.lengths[0]])
         told = self.tokenizer.decode(np.asarray(likeliest))
+        right = concluded(said) == asked.answer if self.think else _means(said, asked)
         return Found(
-            forced=_same(told, asked.answer),
+            forced=right if self.think else _same(told, asked.answer),
             log_prob=float(log_prob),
-            generated=_means(said, asked),
+            generated=right,
             answer=said,
             visual_tokens=int((row.slots >= 0).sum()),
             prompt_tokens=len(row),
@@ -118,6 +123,17 @@ def forced(
 
     _, (likeliest, log_probs) = jax.lax.scan(step, (logits, cache), answer)
     return likeliest, log_probs.sum()
+
+
+def concluded(said: str) -> str:
+    """The option that a thought ends with: the last letter in brackets, "" without one.
+
+    Example:
+      >>> concluded("red, blue: blue circle (C)")
+      'C'
+    """
+    letters = re.findall(r"\(([A-H])\)", said)
+    return letters[-1] if letters else ""
 
 
 def _same(found: str, answer: str) -> bool:
