@@ -62,6 +62,24 @@ def list_of(one: Callable[[str], float]) -> Callable[[str], tuple[float, ...]]:
     return lambda text: tuple(one(part) for part in text.split(","))
 
 
+def parse_schedule(text: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Layers and ratios of a drop of any kind.
+
+    Example:
+      >>> parse_schedule("4,18:1,0.5,0.25")
+      ((4, 18), (1.0, 0.5, 0.25))
+
+    Raises:
+      argparse.ArgumentTypeError: not two parts, or something that is no number.
+    """
+    try:
+        return parse_drop(f"uniform:{text}")[1:]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} does not read as LAYERS:RATIOS, for example 4,18:1,0.5,0.25"
+        ) from None
+
+
 def eval_options(parser: argparse.ArgumentParser) -> None:
     """Options of `hico eval`."""
     parser.add_argument("name", metavar="NAME", help="mvbench, mlvu, lvbench, perceptiontest, longvideobench, "
@@ -143,6 +161,13 @@ def compress_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", default="runs/compress", help="(%(default)s)")
     parser.add_argument("--methods", metavar="NAME,NAME", default="all", help="(%(default)s)")
     parser.add_argument("--tokens-per-frame", metavar="N", type=positive, help="of every method (the model's own)")
+    parser.add_argument(
+        "--schedule", metavar="LAYERS:RATIOS", type=parse_schedule,
+        help="of the methods that drop, for example 4,18:1,0.5,0.25 (the model's own)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pairs", metavar="A:B,C:D", help="methods whose difference is told (each with the first; drops with the even)"
+    )
     parser.add_argument("--max-frames", metavar="N", type=positive, help="at most this many frames of a video")
     parser.add_argument("--seed", type=count, default=0, help="of the made-up world (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on from what DIR holds")

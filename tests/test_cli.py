@@ -39,7 +39,7 @@ SURFACE = {
     },
     "compress": {
         "--model", "--out", "--methods", "--tokens-per-frame", "--max-frames", "--seed", "--fresh", "--films",
-        "--seconds", "--benchmark", "--annotations", "--videos", "--subtitles", "--limit",
+        "--seconds", "--benchmark", "--annotations", "--videos", "--subtitles", "--limit", "--schedule", "--pairs",
     },
     "bench": {"--model", "--out", "--frames", "--film", "--drop", "--max-tokens", "--timeout", "--fresh",
               "--quantize"},
