@@ -146,6 +146,11 @@ def niah_options(parser: argparse.ArgumentParser) -> None:
     tried.add_argument(
         "--depths", metavar="D,D", type=list_of(share), default=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), help="from 0 to 1"
     )
+    tried.add_argument(
+        "--controls", metavar="NAME,NAME", default="",
+        help="beside the film without a needle: blank, shuffled, dropped, blind; or all",
+    )  # fmt: skip
+    tried.add_argument("--drop", metavar="KIND:LAYERS:RATIOS", type=parse_drop, help="as of `hico ask`")
     tried.add_argument("--insertion", choices=("both", "feature", "pixel"), default="both", help="(%(default)s)")
     tried.add_argument(
         "--prompt", choices=("paper", "chat"), help="without the time message, or as `hico ask` (paper for --needles)"

@@ -36,6 +36,7 @@ SURFACE = {
     "niah": {
         "--model", "--out", "--fresh", "--haystack", "--repeat", "--needles", "--images", "--hops", "--decoys",
         "--count", "--letters", "--seed", "--frames", "--depths", "--insertion", "--prompt", "--devices",
+        "--controls", "--drop",
     },
     "compress": {
         "--model", "--out", "--methods", "--tokens-per-frame", "--max-frames", "--seed", "--fresh", "--films",

@@ -13,6 +13,11 @@ import numpy as np
 
 from hico_jax.evals.needle import interval
 
+NOTE = (
+    "Differences are in points, on the same questions; the interval draws films (or needles) again with all their "
+    "questions, and is at least Newcombe's for paired proportions. A star: it excludes zero. No correction for many "
+    "comparisons."
+)
 Difference = dict[str, Any]  # difference, low, high, number, better, worse, films
 
 
@@ -103,6 +108,11 @@ def spelled(found: Difference) -> str:
     if found["difference"] is None:
         return "–"
     return f"{100 * found['difference']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})"
+
+
+def starred(found: Difference) -> str:
+    """`spelled`, with a star where the interval excludes zero."""
+    return spelled(found) + (" *" if excludes_zero(found) else "")
 
 
 def excludes_zero(found: Difference) -> bool:

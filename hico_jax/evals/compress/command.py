@@ -25,11 +25,6 @@ from hico_jax.evals.compress import methods, world
 from hico_jax.models.hico import HiCo
 from hico_jax.report import page, progress
 
-PAIRED = (
-    "Differences are in points, on the same questions; the interval draws films again with all their questions, and is "
-    "at least Newcombe's for paired proportions. A star: it excludes zero. No correction for many comparisons."
-)
-
 
 def main(args: argparse.Namespace) -> int:
     """Ask what has not been asked, method by method, and print the table.
@@ -211,13 +206,9 @@ def paired_table(found: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tu
     shown = []
     for row in found:
         by = row["by"]
-        cells = [_starred(by[name]) if name in by else "–" for name in ("all", *names)]
+        cells = [paired.starred(by[name]) if name in by else "–" for name in ("all", *names)]
         shown.append([row["title"], cells[0], str(by["all"]["better"]), str(by["all"]["worse"]), *cells[1:]])
     return columns, shown
-
-
-def _starred(found: paired.Difference) -> str:
-    return paired.spelled(found) + (" *" if paired.excludes_zero(found) else "")
 
 
 def tell(
@@ -244,7 +235,7 @@ def tell(
         + "\n"
     )
     card_lines = [f"- {k}: {v}" for k, v in (settings | environment).items()]
-    text = [*lines, "", f"95 % intervals in brackets. {note}{PAIRED if differ else ''}", "", *card_lines]
+    text = [*lines, "", f"95 % intervals in brackets. {note}{paired.NOTE if differ else ''}", "", *card_lines]
     (out / "compress.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     report: page.Report = {
         "title": f"Compressors on {benchmark.title}: {settings['model']}",
@@ -254,7 +245,7 @@ def tell(
                 {"kind": "table", "columns": columns, "rows": shown, "source": "compress.json",
                  "caption": "Score with its 95 % interval, then by kind of task. Prefill: what the compiler plans for "
                  "the longest row, weights not counted. Answers: median seconds."}]},
-            *([{"title": "Differences", "text": PAIRED, "blocks": [
+            *([{"title": "Differences", "text": paired.NOTE, "blocks": [
                 {"kind": "table", "columns": pairs, "rows": differ, "source": "compress.json"}]}] if differ else []),
             {"title": "Questions and frames", "blocks": examples(rows, items, out)},
             {"title": "Protocol", "blocks": [

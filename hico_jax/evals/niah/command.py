@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,8 @@ from data_pipeline.image import resize
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.world import films
 from hico_jax import ask
-from hico_jax.evals import card, journal
+from hico_jax.batch import DropSchedule
+from hico_jax.evals import card, journal, paired
 from hico_jax.evals.bench import report as bench
 from hico_jax.evals.bench.report import SHOWN, percent
 from hico_jax.evals.niah import grid as trials
@@ -29,6 +30,11 @@ from hico_jax.parallel import sharding
 from hico_jax.parallel.mesh import MeshConfig, make_mesh
 from hico_jax.report import page, progress, raster
 
+CONTROLS = (
+    "Controls: *no needle* asks about the film alone, *blank needle* puts a grey picture in the needle's place, "
+    "*shuffled* mixes the frames of film and needle, *dropped* drops every visual token after the second layer, "
+    "*blind* shows no film. They meet each needle at one depth, which goes round with the needles."
+)
 WORLD_SEED = 70_000  # of cards; films of the demo's tests have other seeds
 
 
@@ -39,6 +45,8 @@ def main(args: argparse.Namespace) -> int:
       ValueError: missing files, a film that is too short, or a folder with trials made with other settings.
     """
     model, tokenizer_folder = ask.load_model(args.model)
+    if args.drop is not None:
+        model = ask.with_drop(model, DropSchedule(*args.drop))
     if args.devices == 1:
         return _main(args, model, tokenizer_folder)
     if args.devices > jax.device_count():
@@ -56,7 +64,7 @@ def _main(args: argparse.Namespace, model: HiCo, tokenizer_folder: pathlib.Path)
     chains = args.hops > 1
     hidden = hide(args, geometry.image_px)
     insertions = haystack.INSERTIONS if args.insertion == "both" else (args.insertion,)
-    grid = trials.Grid(frames, tuple(args.depths), insertions, chains)
+    grid = trials.Grid(frames, tuple(args.depths), insertions, chains, controls_of(args.controls), args.seed)
     prompt = args.prompt or ("paper" if args.needles else "chat")
     out = pathlib.Path(args.out)
     settings = settings_of(args, model, grid, hidden, prompt)
@@ -69,8 +77,23 @@ def _main(args: argparse.Namespace, model: HiCo, tokenizer_folder: pathlib.Path)
     with progress.bar("questions") as tick:
         lines = trials.run(asker, hay, hidden, grid, out, tick=tick)
     told = settings | {"distinct_frames": hay.distinct, "devices": args.devices}
-    tell(lines, grid, told, out, examples(lines, hidden, path))
+    names = [needle.id for needle in hidden]
+    tell(lines, grid, told, out, examples(lines, hidden, path), trials.differences(lines, grid, names))
     return 0
+
+
+def controls_of(text: str) -> tuple[str, ...]:
+    """Controls by the first word of their names; "all" is all. The film without a needle is always asked about.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    known = {name.split()[0]: name for name in trials.CONTROLS}
+    names = list(known) if text == "all" else ["no", *text.split(",")] if text else ["no"]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"there is no control {name!r}; known are {', '.join(known)}")
+    return tuple(known[name] for name in dict.fromkeys(names))
 
 
 def hide(args: argparse.Namespace, px: int) -> list[needles.Needle]:
@@ -100,7 +123,8 @@ def settings_of(
         "test": "multi-hop" if grid.chains else "single-hop", **card.model(model, args.model),
         "haystack": args.haystack or "made-up world", "needles": args.needles or "made-up world",
         "number_of_needles": len(hidden), "frames": grid.frames, "frames_per_second": 1,
-        "depths": grid.places, "insertions": grid.insertions, "pictures": [len(n.pictures) for n in hidden],
+        "depths": grid.places, "insertions": grid.insertions, "controls": grid.controls,
+        "pictures": [len(n.pictures) for n in hidden],
         "decoys": args.decoys,
         "frames_per_picture": model.config.geometry().frames_per_clip, "prompt": prompt, "decoding": "greedy",
         "repeated_haystack": args.repeat, "seed": args.seed,
@@ -133,6 +157,7 @@ def tell(
     settings: dict[str, Any],
     out: pathlib.Path,
     shown: Sequence[page.AnyBlock] = (),
+    compared: Mapping[str, Mapping[str, paired.Difference]] | None = None,
 ) -> None:
     """Write summary, pictures and reports, and print the totals."""
     environment = card.environment() | {"command": card.command(), "peak memory, MiB": card.peak_memory_mib()}
@@ -140,6 +165,7 @@ def tell(
     tables = {f"{i}, {s}": trials.table(lines, grid, i, s) for i in grid.insertions for s in trials.SCORINGS}
     summary: dict[str, Any] = {"card": settings, "environment": environment, "totals": totals, "tables": tables}
     summary["control"] = trials.control(lines, grid)
+    summary["differences"] = compared or {}
     if grid.chains:
         summary["joint"] = trials.joint(lines, grid)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -160,8 +186,8 @@ def tell(
             "tokens are the likeliest (the paper's score); *generated*: the model says it.",
         },
         {
-            "title": "Totals", "blocks": [_totals(totals), _control(summary["control"])],
-            "text": "The last line is the control: the same questions about the film without a needle.",
+            "title": "Totals", "text": CONTROLS,
+            "blocks": [_totals(totals), _control(summary["control"]), *_differences(compared or {}, grid)],
         },
     ]  # fmt: skip
     if grid.chains:
@@ -186,7 +212,7 @@ def tell(
         "footer": f"`{environment['command']}`",
     }
     path = page.write(report, out / "report.html")
-    (out / "report.md").write_text(markdown(tables, totals, rows, columns, settings), encoding="utf-8")
+    (out / "report.md").write_text(markdown(tables, totals, rows, columns, settings, compared or {}), encoding="utf-8")
     for insertion, scores in totals.items():
         said = ", ".join(f"{s} {percent(v)}" for s, v in scores.items())
         print(f"  {insertion:9} {said}, {scores['forced']['number']} questions")
@@ -194,7 +220,12 @@ def tell(
 
 
 def markdown(
-    tables: dict[str, Any], totals: dict[str, Any], rows: list[str], columns: list[str], settings: dict[str, Any]
+    tables: dict[str, Any],
+    totals: dict[str, Any],
+    rows: list[str],
+    columns: list[str],
+    settings: dict[str, Any],
+    compared: Mapping[str, Mapping[str, paired.Difference]],
 ) -> str:
     """The tables for a paper, with the protocol below."""
     lines = []
@@ -207,6 +238,13 @@ def markdown(
         insertion, scoring = title.split(", ")
         control = percent(totals[trials.CONTROL][scoring])
         lines += ["", f"All: {percent(totals[insertion][scoring])}; without a needle: {control}.", ""]
+    if compared:
+        lines += ["| control | share, forced | needle − control, points, forced | generated |", "|---|--:|--:|--:|"]
+        lines += [
+            f"| {name} | {percent(totals[name]['forced'])} | " + " | ".join(map(paired.starred, by.values())) + " |"
+            for name, by in compared.items()
+        ]
+        lines += ["", paired.NOTE, ""]
     return "\n".join(lines + [f"- {k}: {v}" for k, v in settings.items()]) + "\n"
 
 
@@ -223,6 +261,12 @@ def _control(control: list[dict[str, Any]]) -> page.Table:
     names = [name for name in control[0] if name != "frames"]
     rows = [[f"{row['frames']:,}", *(percent(row[n]) for n in names)] for row in control]
     return {"kind": "table", "columns": ["frames", *names], "rows": rows, "caption": "teacher-forced, by length"}
+
+
+def _differences(compared: Mapping[str, Mapping[str, paired.Difference]], grid: trials.Grid) -> list[page.Table]:
+    rows = [[name, *map(paired.starred, by.values())] for name, by in compared.items()]
+    columns = ["control", *(f"needle in the {grid.level}s − control, {s}" for s in trials.SCORINGS)]
+    return [{"kind": "table", "columns": columns, "rows": rows, "caption": paired.NOTE}] if rows else []
 
 
 def _joint(joint: dict[str, Any]) -> page.Table:
