@@ -186,6 +186,13 @@ def compress_options(parser: argparse.ArgumentParser) -> None:
     asked.add_argument("--limit", metavar="N", type=positive, help="only the first N questions of each file")
 
 
+def compare_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `hico compare`."""
+    parser.add_argument("first", metavar="DIR", help="of `hico eval`, `hico niah` or one method of `hico compress`")
+    parser.add_argument("second", metavar="DIR", help="another one that asked the same questions")
+    parser.add_argument("--json", metavar="FILE", help="write the differences there, too")
+
+
 def quantize_option(parser: argparse._ActionsContainer) -> None:
     """What `quantize.quantized` takes."""
     parser.add_argument(
