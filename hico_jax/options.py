@@ -179,6 +179,7 @@ def compress_options(parser: argparse.ArgumentParser) -> None:
     asked = parser.add_argument_group("what is asked (the made-up world, by kind of task)")
     asked.add_argument("--films", metavar="N", type=positive, default=8, help="of each kind (%(default)s)")
     asked.add_argument("--seconds", metavar="S", type=positive, default=64, help="of the long ones (%(default)s)")
+    asked.add_argument("--chains", metavar="N", type=count, default=0, help="films with a chain of hints, too (none)")
     asked.add_argument("--benchmark", metavar="NAME", help="or a benchmark of `hico eval`")
     asked.add_argument("--annotations", metavar="PATH", help="of the benchmark")
     asked.add_argument("--videos", metavar="DIR", help="of the benchmark")

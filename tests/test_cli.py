@@ -41,6 +41,7 @@ SURFACE = {
     "compress": {
         "--model", "--out", "--methods", "--tokens-per-frame", "--max-frames", "--seed", "--fresh", "--films",
         "--seconds", "--benchmark", "--annotations", "--videos", "--subtitles", "--limit", "--schedule", "--pairs",
+        "--chains",
     },
     "compare": {"DIR", "--json"},
     "bench": {"--model", "--out", "--frames", "--film", "--drop", "--max-tokens", "--timeout", "--fresh",

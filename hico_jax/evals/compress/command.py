@@ -106,8 +106,9 @@ def differences(
 def questions(args: argparse.Namespace, out: pathlib.Path) -> tuple[tasks.Benchmark, list[tasks.Item], str]:
     """A benchmark's questions, or the made-up world's."""
     if args.benchmark is None:
-        found = world.items(out / "films", args.films, args.seconds, 20_000 + args.seed)
-        return world.BENCHMARK, found, f"{args.films} films of each recipe, long ones of {args.seconds} s"
+        found = world.items(out / "films", args.films, args.seconds, 20_000 + args.seed, args.chains)
+        chains = f", {args.chains} with chains of hints" if args.chains else ""
+        return world.BENCHMARK, found, f"{args.films} films of each recipe, long ones of {args.seconds} s{chains}"
     if args.annotations is None:
         raise ValueError("--benchmark needs --annotations, the official annotation file or its folder")
     benchmark = bench.named(args.benchmark)
@@ -189,7 +190,7 @@ def table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tuple[list
         by = [row["by"].get(name, {}).get("strict") for name in names]
         shown.append([
             row["title"], f"{row['tokens_per_frame']:g}", f"{row['tokens_by_layer']:.3g}", percent(row["score"]),
-            *("–" if b is None or b["share"] is None else f"{100 * b['share']:.0f} %" for b in by),
+            *(percent(b) for b in by),
             _number(row["encode_s_per_frame"], 1000), _number(row["answer_s"]), _number(row["long_answer_s"]),
             _number(row["prefill_mib"]),
         ])  # fmt: skip

@@ -163,7 +163,9 @@ def tell(
     environment = card.environment() | {"command": card.command(), "peak memory, MiB": card.peak_memory_mib()}
     totals = trials.totals(lines, grid)
     tables = {f"{i}, {s}": trials.table(lines, grid, i, s) for i in grid.insertions for s in trials.SCORINGS}
+    cells = {f"{i}, {s}": trials.scores(lines, grid, i, s) for i in grid.insertions for s in trials.SCORINGS}
     summary: dict[str, Any] = {"card": settings, "environment": environment, "totals": totals, "tables": tables}
+    summary["cells"] = cells
     summary["control"] = trials.control(lines, grid)
     summary["differences"] = compared or {}
     if grid.chains:
@@ -212,7 +214,7 @@ def tell(
         "footer": f"`{environment['command']}`",
     }
     path = page.write(report, out / "report.html")
-    (out / "report.md").write_text(markdown(tables, totals, rows, columns, settings, compared or {}), encoding="utf-8")
+    (out / "report.md").write_text(markdown(cells, totals, rows, columns, settings, compared or {}), encoding="utf-8")
     for insertion, scores in totals.items():
         said = ", ".join(f"{s} {percent(v)}" for s, v in scores.items())
         print(f"  {insertion:9} {said}, {scores['forced']['number']} questions")
@@ -220,7 +222,7 @@ def tell(
 
 
 def markdown(
-    tables: dict[str, Any],
+    cells: dict[str, Any],
     totals: dict[str, Any],
     rows: list[str],
     columns: list[str],
@@ -229,11 +231,10 @@ def markdown(
 ) -> str:
     """The tables for a paper, with the protocol below."""
     lines = []
-    for title, values in tables.items():
+    for title, values in cells.items():
         lines += [f"| {title} | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
         lines += [
-            f"| {name} | {' | '.join('–' if v is None else f'{100 * v:.0f} %' for v in row)} |"
-            for name, row in zip(rows, values, strict=True)
+            f"| {name} | {' | '.join(percent(cell) for cell in row)} |" for name, row in zip(rows, values, strict=True)
         ]
         insertion, scoring = title.split(", ")
         control = percent(totals[trials.CONTROL][scoring])
@@ -277,7 +278,7 @@ def _joint(joint: dict[str, Any]) -> page.Table:
                 s = row[scoring]
                 rows.append([
                     f"{insertion}, {row['frames']:,} frames, {scoring}", percent(s["caption"]), percent(s["question"]),
-                    f"{100 * s['mean']:.1f} %", percent(s["both"]), s["only_caption"], s["only_question"],
+                    percent(s["mean"]), percent(s["both"]), s["only_caption"], s["only_question"],
                 ])  # fmt: skip
     columns = ["", "caption", "question", "mean", "both", "only caption", "only question"]
     return {"kind": "table", "columns": columns, "rows": rows}

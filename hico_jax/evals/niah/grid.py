@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from hico_jax.evals import journal, paired
-from hico_jax.evals.bench.scores import Score, share
+from hico_jax.evals.bench.scores import Score, mean, share
 from hico_jax.evals.niah import haystack
 from hico_jax.evals.niah.haystack import Haystack, Trial
 from hico_jax.evals.niah.needles import Needle
@@ -162,9 +162,14 @@ class _Trials:
 
 def table(lines: Sequence[Line], grid: Grid, insertion: str, scoring: str) -> list[list[float | None]]:
     """Shares by depth (rows) and frames (columns)."""
+    return [[cell["share"] for cell in row] for row in scores(lines, grid, insertion, scoring)]
+
+
+def scores(lines: Sequence[Line], grid: Grid, insertion: str, scoring: str) -> list[list[Score]]:
+    """`table` with the interval of each cell."""
     mine = [line for line in lines if line["insertion"] == insertion]
     return [
-        [share([x[scoring] for x in mine if x["frames"] == f and x["depth"] == d])["share"] for f in grid.frames]
+        [share([x[scoring] for x in mine if x["frames"] == f and x["depth"] == d]) for f in grid.frames]
         for d in grid.places
     ]  # fmt: skip
 
@@ -180,12 +185,12 @@ def totals(lines: Sequence[Line], grid: Grid) -> dict[str, dict[str, Score]]:
 def control(lines: Sequence[Line], grid: Grid) -> list[dict[str, Any]]:
     """The controls by length, beside the trials of that length. The blind one has no length and stands beside all."""
 
-    def scores(insertion: str, frames: int) -> Score:
+    def of(insertion: str, frames: int) -> Score:
         cell = insertion, frames * (insertion != BLIND)
         return share([x["forced"] for x in lines if (x["insertion"], x["frames"]) == cell])
 
     names = (*grid.insertions, *grid.controls)
-    return [{"frames": f, **{name: scores(name, f) for name in names}} for f in grid.frames]
+    return [{"frames": f, **{name: of(name, f) for name in names}} for f in grid.frames]
 
 
 def differences(lines: Sequence[Line], grid: Grid, needles: Sequence[str]) -> dict[str, dict[str, paired.Difference]]:
@@ -220,7 +225,7 @@ def joint(lines: Sequence[Line], grid: Grid) -> dict[str, list[dict[str, Any]]]:
             both = [float(a and b) for a, b in pairs]
             row[scoring] = {
                 "caption": share([float(a) for a, _ in pairs]), "question": share([float(b) for _, b in pairs]),
-                "mean": sum(a + b for a, b in pairs) / (2 * len(pairs)) if pairs else None, "both": share(both),
+                "mean": mean([(a + b) / 2 for a, b in pairs]), "both": share(both),
                 "only_caption": sum(a and not b for a, b in pairs),
                 "only_question": sum(b and not a for a, b in pairs),
             }  # fmt: skip

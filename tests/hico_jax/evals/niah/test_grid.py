@@ -134,7 +134,7 @@ def test_joint_scores() -> None:
     ]  # fmt: skip
     (row,) = grid.joint(lines, tried)["pixel"]
     found = row["forced"]
-    assert (found["caption"]["share"], found["question"]["share"], found["mean"]) == (0.5, 0.5, 0.5)
+    assert (found["caption"]["share"], found["question"]["share"], found["mean"]["share"]) == (0.5, 0.5, 0.5)
     assert (found["both"]["share"], found["only_caption"], found["only_question"]) == (0.25, 1, 1)
     assert row["generated"]["both"]["share"] == 0
 
