@@ -21,6 +21,13 @@ from tests import official_files
 from tests.parrot import Parrot
 
 
+class Deaf(Parrot):
+    """Says nothing."""
+
+    def answer(self, *_: Any) -> runner.Reply:
+        return runner.Reply("", {"frames": 8})
+
+
 @pytest.fixture(scope="module")
 def model(asked_model: HiCo, words: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
@@ -71,6 +78,15 @@ def test_every_method_on_a_benchmark(
     before = sorted((tmp_path / "out").rglob("answers.*.jsonl"))
     assert len(before) == 5
     assert "data:image/jpeg;base64," in page
+    # Nothing is asked twice; another number of tokens is another comparison; --fresh asks all methods anew.
+    content = [path.read_bytes() for path in before]
+    assert cli.main(line) == cli.OK
+    assert [path.read_bytes() for path in before] == content
+    assert cli.main([*line, "--tokens-per-frame", "2"]) == cli.MISUSED
+    assert 'tokens_compared "the model\'s own" (now 2)' in capsys.readouterr().err
+    monkeypatch.setattr(runner, "ModelAnswerer", lambda *_, **__: Deaf())
+    assert cli.main([*line, "--fresh"]) == cli.OK
+    assert all(json.loads(x)["answer"] == "" for path in before for x in path.read_text().splitlines())
 
 
 def test_a_blind_model_is_asked_without_the_film(viewer: Viewer, noise_film: pathlib.Path) -> None:
