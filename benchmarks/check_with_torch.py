@@ -6,12 +6,15 @@ and `safetensors`, on what our own environment wrote:
     python benchmarks/check_with_torch.py write FOLDER       # with hico_jax: small models, exported, and their numbers
     TORCH_PYTHON benchmarks/check_with_torch.py check FOLDER         # with torch: the same numbers again
 
+Where `peft` is there too, the adapters of a fine-tuning run are put on the stock model, beside and merged.
+
 `tests/hico_jax/test_torch_check.py` (marked slow) does both when HICO_TORCH_PYTHON names such a Python.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import pathlib
 import sys
@@ -68,6 +71,9 @@ def write(folder: pathlib.Path) -> None:
         ids = rng.integers(3, 64, 40)
         model = filled(whole, name, language_only=True)
         numbers[f"{name}.ids"], numbers[f"{name}.logits"] = ids, api.Model(model).logits(ids)
+        if name == "plain":
+            model = adapt(model, whole, rng, folder / "adapter")
+            numbers["adapter.ids"], numbers["adapter.logits"] = ids, api.Model(model).logits(ids)
     for name, (tower, cases) in TOWERS.items():
         whole = dataclasses.replace(config, vision=registry.VISION[tower].VARIANTS["tiny"])
         if tower == "internvit":
@@ -78,6 +84,26 @@ def write(folder: pathlib.Path) -> None:
             numbers[f"{name}.{case}.pixels"] = pixels
             numbers[f"{name}.{case}.out"] = np.asarray(model.vision(jnp.asarray(pixels)))
     np.savez(folder / "numbers.npz", **numbers)  # type: ignore[arg-type]
+
+
+def adapt(model: Any, config: Any, rng: np.random.Generator, folder: pathlib.Path) -> Any:
+    """The model with random adapters on every matrix of its language model, which are exported for PEFT."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from hico_jax import checkpoint, lora, optim
+    from hico_jax.convert import load
+
+    settings = optim.LoraConfig(rank=4, alpha=10.0)
+    graph, _ = nnx.split(model)
+    frozen = optim.split(model, ((r".*", None),))[2]
+    adapters = jax.tree.map(
+        lambda a: jnp.asarray(rng.normal(0, 0.1, a.shape), a.dtype), lora.begin(frozen, settings, 0)
+    )  # fmt: skip
+    arrays = checkpoint.flatten(frozen) | checkpoint.flatten(adapters)
+    lora.save_peft(arrays, settings, {rule.path: rule for rule in load.rules(config)}, folder)
+    return nnx.merge(graph, *lora.join(adapters, frozen, settings))
 
 
 def check(folder: pathlib.Path) -> None:
@@ -101,6 +127,17 @@ def check(folder: pathlib.Path) -> None:
             raise SystemExit(f"{name}: {wrong}")
         ids = torch.tensor(numbers[f"{name}.ids"])[None]
         compare(name, model.eval()(ids).logits[0], numbers[f"{name}.logits"])
+    if importlib.util.find_spec("peft"):
+        model = transformers.Qwen2ForCausalLM.from_pretrained(
+            folder / "plain", torch_dtype=torch.float32, attn_implementation="eager"
+        )  # fmt: skip
+        model = importlib.import_module("peft").PeftModel.from_pretrained(model, folder / "adapter").eval()
+        ids, expected = torch.tensor(numbers["adapter.ids"])[None], numbers["adapter.logits"]
+        compare("adapter, PEFT", model(ids).logits[0], expected)
+        compare("adapter, merged by PEFT", model.merge_and_unload()(ids).logits[0], expected)
+        apart = np.abs(expected - numbers["plain.logits"]).max() / np.abs(expected).max()
+        if apart < 0.01:
+            raise SystemExit("the adapter changes nothing, so it shows nothing")
     model = as_llama(torch, transformers, folder / "internlm2")
     compare("internlm2", model(torch.tensor(numbers["internlm2.ids"])[None]).logits[0], numbers["internlm2.logits"])
     restated = {"umt": umt, "internvideo2": internvideo2, "internvit": internvit}

@@ -21,6 +21,7 @@ from hico_jax.options import (
     DTYPE_HELP,
     bench_options,
     check_eval,
+    compare_options,
     compress_options,
     count,
     eval_options,
@@ -341,6 +342,14 @@ COMMANDS: dict[str, Command] = {
         "examples:\n  hico compress --model runs/demo/model\n"
         "  hico compress --model weights/ --benchmark mvbench --annotations MVBench/json --videos MVBench/video",
         resume="The same command asks the questions that are left.",
+    ),
+    "compare": Command(
+        "hico_jax.evals.compare:main",
+        "say what one evaluation scores more than another on the same questions, with an interval",
+        compare_options,
+        "examples:\n  hico compare runs/niah_attention runs/niah_uniform\n"
+        "  hico compare runs/compress/drop-attention runs/compress/drop-uniform",
+        resume="Nothing was changed; run it again any time.",
     ),
     "bench": Command(
         "hico_jax.evals.compress.bench:main",

@@ -87,19 +87,47 @@ class Viewer:
         start: float | None = None,
         end: float | None = None,
         reader: str | None = None,
-        order: Int[ndarray, " T"] | None = None,
+        order: Int[ndarray, " T"] | Callable[[int], Int[ndarray, " T"]] | None = None,
     ) -> Film:
-        """Read and encode a film, or its part in seconds. `order` permutes the chosen frames, as a control.
+        """Read and encode a film, or its part in seconds.
+
+        `order` permutes the chosen frames, as a control: indices, or what makes them from the number of frames.
 
         Raises:
           VideoError: the file cannot be read.
           ValueError: the frames do not make whole clips, or are more than the model has room for.
         """
+        indices, fps, duration = self._choose(path, start, end, reader)
+        if callable(order):
+            order = order(len(indices))
+        return self.assemble(path, ahead(self._chunks(path, indices, order)), indices, fps, duration)
+
+    def watch_grey(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        start: float | None = None,
+        end: float | None = None,
+        reader: str | None = None,
+    ) -> Film:
+        """As many grey frames as `watch` would see: a control with every visual token and nothing to see in it.
+
+        Raises:
+          VideoError, ValueError: as `watch`.
+        """
+        indices, fps, duration = self._choose(path, start, end, reader)
+        step, px = self.clips_per_step * self.geometry.frames_per_clip, self.geometry.image_px
+        grey = (np.full((min(step, len(indices) - i), px, px, 3), 128, np.uint8) for i in range(0, len(indices), step))
+        return self.assemble(path, grey, indices, fps, duration)
+
+    def _choose(
+        self, path: str | os.PathLike[str], start: float | None, end: float | None, reader: str | None
+    ) -> tuple[Int[ndarray, " T"], float, float]:
+        """Which frames are seen, the film's rate and length in seconds."""
         info = video.open_video(path, reader)
         indices, duration = video.choose(info, self.sampling, start=start, end=end)
-        clips = layout.Visual.film(len(indices), self.geometry).num_clips
-        self.check_room(path, clips)
-        return self.assemble(path, ahead(self._chunks(path, indices, order)), indices, info.fps, duration)
+        self.check_room(path, layout.Visual.film(len(indices), self.geometry).num_clips)
+        return indices, info.fps, duration
 
     def assemble(
         self,

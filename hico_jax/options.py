@@ -62,6 +62,24 @@ def list_of(one: Callable[[str], float]) -> Callable[[str], tuple[float, ...]]:
     return lambda text: tuple(one(part) for part in text.split(","))
 
 
+def parse_schedule(text: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Layers and ratios of a drop of any kind.
+
+    Example:
+      >>> parse_schedule("4,18:1,0.5,0.25")
+      ((4, 18), (1.0, 0.5, 0.25))
+
+    Raises:
+      argparse.ArgumentTypeError: not two parts, or something that is no number.
+    """
+    try:
+        return parse_drop(f"uniform:{text}")[1:]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} does not read as LAYERS:RATIOS, for example 4,18:1,0.5,0.25"
+        ) from None
+
+
 def eval_options(parser: argparse.ArgumentParser) -> None:
     """Options of `hico eval`."""
     parser.add_argument("name", metavar="NAME", help="mvbench, mlvu, lvbench, perceptiontest, longvideobench, "
@@ -131,6 +149,11 @@ def niah_options(parser: argparse.ArgumentParser) -> None:
     tried.add_argument(
         "--depths", metavar="D,D", type=list_of(share), default=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), help="from 0 to 1"
     )
+    tried.add_argument(
+        "--controls", metavar="NAME,NAME", default="",
+        help="beside the film without a needle: blank, shuffled, dropped, blind; or all",
+    )  # fmt: skip
+    tried.add_argument("--drop", metavar="KIND:LAYERS:RATIOS", type=parse_drop, help="as of `hico ask`")
     tried.add_argument("--insertion", choices=("both", "feature", "pixel"), default="both", help="(%(default)s)")
     tried.add_argument(
         "--prompt", choices=("paper", "chat"), help="without the time message, or as `hico ask` (paper for --needles)"
@@ -146,17 +169,32 @@ def compress_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", default="runs/compress", help="(%(default)s)")
     parser.add_argument("--methods", metavar="NAME,NAME", default="all", help="(%(default)s)")
     parser.add_argument("--tokens-per-frame", metavar="N", type=positive, help="of every method (the model's own)")
+    parser.add_argument(
+        "--schedule", metavar="LAYERS:RATIOS", type=parse_schedule,
+        help="of the methods that drop, for example 4,18:1,0.5,0.25 (the model's own)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pairs", metavar="A:B,C:D", help="methods whose difference is told (each with the first; drops with the even)"
+    )
     parser.add_argument("--max-frames", metavar="N", type=positive, help="at most this many frames of a video")
     parser.add_argument("--seed", type=count, default=0, help="of the made-up world (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on from what DIR holds")
     asked = parser.add_argument_group("what is asked (the made-up world, by kind of task)")
     asked.add_argument("--films", metavar="N", type=positive, default=8, help="of each kind (%(default)s)")
     asked.add_argument("--seconds", metavar="S", type=positive, default=64, help="of the long ones (%(default)s)")
+    asked.add_argument("--chains", metavar="N", type=count, default=0, help="films with a chain of hints, too (none)")
     asked.add_argument("--benchmark", metavar="NAME", help="or a benchmark of `hico eval`")
     asked.add_argument("--annotations", metavar="PATH", help="of the benchmark")
     asked.add_argument("--videos", metavar="DIR", help="of the benchmark")
     asked.add_argument("--subtitles", metavar="DIR", help="of the benchmark")
     asked.add_argument("--limit", metavar="N", type=positive, help="only the first N questions of each file")
+
+
+def compare_options(parser: argparse.ArgumentParser) -> None:
+    """Options of `hico compare`."""
+    parser.add_argument("first", metavar="DIR", help="of `hico eval`, `hico niah` or one method of `hico compress`")
+    parser.add_argument("second", metavar="DIR", help="another one that asked the same questions")
+    parser.add_argument("--json", metavar="FILE", help="write the differences there, too")
 
 
 def quantize_option(parser: argparse._ActionsContainer) -> None:

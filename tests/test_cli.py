@@ -36,11 +36,14 @@ SURFACE = {
     "niah": {
         "--model", "--out", "--fresh", "--haystack", "--repeat", "--needles", "--images", "--hops", "--decoys", "--think",
         "--count", "--letters", "--seed", "--frames", "--depths", "--insertion", "--prompt", "--devices",
+        "--controls", "--drop",
     },
     "compress": {
         "--model", "--out", "--methods", "--tokens-per-frame", "--max-frames", "--seed", "--fresh", "--films",
-        "--seconds", "--benchmark", "--annotations", "--videos", "--subtitles", "--limit",
+        "--seconds", "--benchmark", "--annotations", "--videos", "--subtitles", "--limit", "--schedule", "--pairs",
+        "--chains",
     },
+    "compare": {"DIR", "--json"},
     "bench": {"--model", "--out", "--frames", "--film", "--drop", "--max-tokens", "--timeout", "--fresh",
               "--quantize"},
     "serve": {
@@ -213,7 +216,7 @@ def test_every_command_says_how_to_go_on_after_ctrl_c(
 ) -> None:
     target(name, raises(KeyboardInterrupt()))
     rest = {
-        "convert": ["a", "b"], "export": ["a", "b"], "data": ["check", "f"],
+        "convert": ["a", "b"], "export": ["a", "b"], "compare": ["a", "b"], "data": ["check", "f"],
         "ask": ["v", "hi"], "train": ["--config=c"], "plan": ["--config=c"],
         "eval": ["mvbench", "--model", "m", "--annotations", "a"],
         "niah": ["--model", "m"], "compress": ["--model", "m"], "bench": ["--model", "m"],

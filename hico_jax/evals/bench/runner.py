@@ -12,12 +12,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import pathlib
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from data_pipeline.video import VideoError
 from hico_jax.evals import journal
 from hico_jax.evals.bench.tasks import Benchmark, Item, strict
+from hico_jax.evals.needle import shuffled
 from hico_jax.film import Film, Viewer
 from hico_jax.generate import GenerationConfig
 
@@ -54,26 +56,41 @@ class Answerer(Protocol):
         ...
 
 
-class ModelAnswerer:
-    """A `Viewer` that answers greedily, as the reference's scripts do. A blind one, a control, is shown no video."""
+# What is shown of a video: itself, or as a control its frames in an order that keeps none of its own, as many grey
+# frames, or nothing.
+SHOWN = ("film", "shuffled", "blank", "nothing")
 
-    def __init__(self, viewer: Viewer, *, repetition_penalty: float = 1.0, blind: bool = False) -> None:
-        self.viewer, self.repetition_penalty, self.blind = viewer, repetition_penalty, blind
+
+class ModelAnswerer:
+    """A `Viewer` that answers greedily, as the reference's scripts do; controls are shown something else (`SHOWN`)."""
+
+    def __init__(self, viewer: Viewer, *, repetition_penalty: float = 1.0, shown: str = "film") -> None:
+        if shown not in SHOWN:
+            raise ValueError(f"what is shown is {shown!r}; it must be one of {', '.join(SHOWN)}")
+        self.viewer, self.repetition_penalty, self.shown = viewer, repetition_penalty, shown
 
     def watch(self, item: Item) -> Film:
-        return self.viewer.watch(item.video, start=item.start, end=item.end, reader=item.reader)
+        if self.shown == "blank":
+            return self.viewer.watch_grey(item.video, start=item.start, end=item.end, reader=item.reader)
+        order = _mixed(item.video) if self.shown == "shuffled" else None
+        return self.viewer.watch(item.video, start=item.start, end=item.end, reader=item.reader, order=order)
 
     def answer(self, seen: Film, item: Item, max_new_tokens: int) -> Reply:
         config = GenerationConfig(
             max_new_tokens=max_new_tokens, repetition_penalty=self.repetition_penalty, eos=self.viewer.tokenizer.eos_ids
         )
-        found = self.viewer.ask(None if self.blind else seen, item.prompt, config=config)
+        found = self.viewer.ask(None if self.shown == "nothing" else seen, item.prompt, config=config)
         facts = {
             "frames": seen.num_frames, "visual_tokens": found.visual_tokens, "prompt_tokens": found.prompt_tokens,
             "kept": list(found.kept), "answer_tokens": len(found.ids), "read_s": round(seen.read_s, 4),
             "encode_s": round(seen.encode_s, 4), "answer_s": round(found.seconds, 4),
         }  # fmt: skip
         return Reply(found.text, facts)
+
+
+def _mixed(video: str) -> Callable[[int], Any]:
+    """Another order for each video, the same in every run: by its name, not by the folder that it is in."""
+    return lambda count: shuffled(count, zlib.crc32(pathlib.Path(video).name.encode()))
 
 
 def run(

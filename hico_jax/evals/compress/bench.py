@@ -77,8 +77,8 @@ def main(args: argparse.Namespace) -> int:
 
 def default_drop(layers: int) -> str:
     """A quarter of the tokens left after two thirds of the layers, as the paper's two-stage schedule in shape."""
-    first = max(1, layers // 7)
-    return f"uniform0_attention:{first},{max(first + 1, layers * 9 // 14)}:1,0.5,0.25"
+    after, ratios = methods.usual_schedule(layers)
+    return f"uniform0_attention:{','.join(map(str, after))}:{','.join(f'{r:g}' for r in ratios)}"
 
 
 def _film(out: pathlib.Path, seconds: int) -> str:

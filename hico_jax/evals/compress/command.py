@@ -17,7 +17,7 @@ import jax
 
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
 from hico_jax import ask, film, generate
-from hico_jax.evals import card, journal
+from hico_jax.evals import card, journal, paired
 from hico_jax.evals.bench import command as bench
 from hico_jax.evals.bench import runner, scores, tasks
 from hico_jax.evals.bench.report import SHOWN, frames_of, percent
@@ -34,21 +34,26 @@ def main(args: argparse.Namespace) -> int:
     """
     out = pathlib.Path(args.out)
     model, tokenizer_folder = ask.load_model(args.model)
-    found = chosen(methods.methods(model, args.tokens_per_frame), args.methods)
+    found = chosen(methods.methods(model, args.tokens_per_frame, args.schedule), args.methods)
+    compared = pairs_of(args.pairs, found)
     benchmark, items, source = questions(args, out)
     sampling = ask.whole_clips(bench.sampling_of(args.max_frames or benchmark.max_frames), model)
     settings = {
         "benchmark": benchmark.name, "source": source, "questions": len(items), "seed": args.seed,
         **card.model(model, args.model), **card.sampling(sampling), "decoding": "greedy",
+        "tokens_compared": args.tokens_per_frame or "the model's own",
+        "video_level": args.schedule or methods.schedule_of(model),
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))
     journal.claim(out, settings, fresh=args.fresh)
+    for stale in out.glob("*/answers.*.jsonl") if args.fresh else ():
+        stale.unlink()
     tokenizer = load_tokenizer(tokenizer_folder)
     rows = []
     for method in found:
         print(f"{method.name}: {method.title}", flush=True)
         rows.append(measured(model, method, tokenizer, sampling, benchmark, items, out / method.name))
-    tell(rows, items, benchmark, settings, out)
+    tell(rows, items, benchmark, settings, out, differences(compared, found, out))
     return 0
 
 
@@ -67,11 +72,43 @@ def chosen(found: Sequence[methods.Method], names: str) -> list[methods.Method]:
     return [known[n] for n in names.split(",")]
 
 
+def pairs_of(text: str | None, found: Sequence[methods.Method]) -> list[tuple[str, str]]:
+    """`A:B,C:D` as pairs of names. Without it, every method against the first, and drops against the uniform one.
+
+    Raises:
+      ValueError: a name that is not among the methods.
+    """
+    names = [m.name for m in found]
+    if text is None:
+        drops = [n for n in ("drop-attention", "drop-paper") if {n, "drop-uniform"} <= set(names)]
+        return [(n, names[0]) for n in names[1:]] + [(n, "drop-uniform") for n in drops if names[0] != "drop-uniform"]
+    made = []
+    for part in text.split(","):
+        first, colon, second = part.partition(":")
+        if not colon or not {first, second} <= set(names):
+            raise ValueError(f"--pairs has {part!r}; write A:B of the methods that are measured, {', '.join(names)}")
+        made.append((first, second))
+    return made
+
+
+def differences(
+    compared: Sequence[tuple[str, str]], found: Sequence[methods.Method], out: pathlib.Path
+) -> list[dict[str, Any]]:
+    """What one method scores more than another on the same questions, with 95 % intervals that use the pairing."""
+    titles = {m.name: m.title for m in found}
+    lines = {name: journal.read(out / name) for name in {n for pair in compared for n in pair}}
+    return [
+        {"first": a, "second": b, "title": f"{titles[a]} − {titles[b]}", "by": paired.by(lines[a], lines[b])}
+        for a, b in compared if lines[a] and lines[b]
+    ]  # fmt: skip
+
+
 def questions(args: argparse.Namespace, out: pathlib.Path) -> tuple[tasks.Benchmark, list[tasks.Item], str]:
     """A benchmark's questions, or the made-up world's."""
     if args.benchmark is None:
-        found = world.items(out / "films", args.films, args.seconds, 20_000 + args.seed)
-        return world.BENCHMARK, found, f"{args.films} films of each recipe, long ones of {args.seconds} s"
+        found = world.items(out / "films", args.films, args.seconds, 20_000 + args.seed, args.chains)
+        chains = f", {args.chains} with chains of hints" if args.chains else ""
+        return world.BENCHMARK, found, f"{args.films} films of each recipe, long ones of {args.seconds} s{chains}"
     if args.annotations is None:
         raise ValueError("--benchmark needs --annotations, the official annotation file or its folder")
     benchmark = bench.named(args.benchmark)
@@ -101,7 +138,7 @@ def measured(
         return row | {"failed": str(error)}
     viewer = film.Viewer(made, tokenizer, sampling=sampling)
     with progress.bar(method.name) as tick:
-        runner.run(benchmark, items, runner.ModelAnswerer(viewer, blind=method.blind), folder, tick=tick)
+        runner.run(benchmark, items, runner.ModelAnswerer(viewer, shown=method.shown), folder, tick=tick)
     lines = runner.finished(folder, items) or []
     summary = scores.summarize(benchmark, lines)
     timed = [line for line in lines if "answer_s" in line]
@@ -114,7 +151,7 @@ def measured(
         "encode_s_per_frame": _median([x["encode_s"] / x["frames"] for x in timed]),
         "answer_s": _median([x["answer_s"] for x in timed]),
         "long_answer_s": _median([x["answer_s"] for x in timed if x["prompt_tokens"] > 0.9 * longest]),
-        "prefill_mib": None if method.blind else prefill_mib(viewer, lines),
+        "prefill_mib": None if method.shown == "nothing" else prefill_mib(viewer, lines),
     }  # fmt: skip
 
 
@@ -153,7 +190,7 @@ def table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tuple[list
         by = [row["by"].get(name, {}).get("strict") for name in names]
         shown.append([
             row["title"], f"{row['tokens_per_frame']:g}", f"{row['tokens_by_layer']:.3g}", percent(row["score"]),
-            *("–" if b is None or b["share"] is None else f"{100 * b['share']:.0f} %" for b in by),
+            *(percent(b) for b in by),
             _number(row["encode_s_per_frame"], 1000), _number(row["answer_s"]), _number(row["long_answer_s"]),
             _number(row["prefill_mib"]),
         ])  # fmt: skip
@@ -164,27 +201,42 @@ def _number(value: float | None, scale: float = 1) -> str:
     return "–" if value is None else f"{scale * value:.3g}"
 
 
+def paired_table(found: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Differences for people, in points; a star where the interval excludes zero."""
+    columns = ["difference, same questions", "all", "better", "worse", *names]
+    shown = []
+    for row in found:
+        by = row["by"]
+        cells = [paired.starred(by[name]) if name in by else "–" for name in ("all", *names)]
+        shown.append([row["title"], cells[0], str(by["all"]["better"]), str(by["all"]["worse"]), *cells[1:]])
+    return columns, shown
+
+
 def tell(
     rows: list[dict[str, Any]],
     items: list[tasks.Item],
     benchmark: tasks.Benchmark,
     settings: dict[str, Any],
     out: pathlib.Path,
+    compared: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """The table on the terminal, in Markdown and as a page."""
+    """The tables on the terminal, in Markdown and as a page."""
     names = sorted({item.groups["task"] for item in items})
     columns, shown = table(rows, names)
     environment = card.environment() | {"command": card.command()}
     note = "The same weights under every compressor; a model trained with another one may do better with it. "
     if benchmark is world.BENCHMARK:
         note += f"Guessing scores {100 * world.chance(items):.0f} %."
-    lines = [f"| {' | '.join(columns)} |", "|---|" + "--:|" * (len(columns) - 1)]
-    lines += [f"| {' | '.join(row)} |" for row in shown]
+    lines = _markdown(columns, shown)
+    pairs, differ = paired_table(compared, names if len(names) > 1 else ())
+    if differ:
+        lines += ["", *_markdown(pairs, differ)]
     (out / "compress.json").write_text(
-        json.dumps({"card": settings, "environment": environment, "rows": rows}, indent=1) + "\n"
+        json.dumps({"card": settings, "environment": environment, "rows": rows, "differences": compared}, indent=1)
+        + "\n"
     )
     card_lines = [f"- {k}: {v}" for k, v in (settings | environment).items()]
-    text = [*lines, "", f"95 % intervals in brackets. {note}", "", *card_lines]
+    text = [*lines, "", f"95 % intervals in brackets. {note}{paired.NOTE if differ else ''}", "", *card_lines]
     (out / "compress.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     report: page.Report = {
         "title": f"Compressors on {benchmark.title}: {settings['model']}",
@@ -194,6 +246,8 @@ def tell(
                 {"kind": "table", "columns": columns, "rows": shown, "source": "compress.json",
                  "caption": "Score with its 95 % interval, then by kind of task. Prefill: what the compiler plans for "
                  "the longest row, weights not counted. Answers: median seconds."}]},
+            *([{"title": "Differences", "text": paired.NOTE, "blocks": [
+                {"kind": "table", "columns": pairs, "rows": differ, "source": "compress.json"}]}] if differ else []),
             {"title": "Questions and frames", "blocks": examples(rows, items, out)},
             {"title": "Protocol", "blocks": [
                 {"kind": "keyvalues", "items": [[k, str(v)] for k, v in part.items()], "half": True}
@@ -203,6 +257,11 @@ def tell(
     }  # fmt: skip
     print("\n".join(lines))
     print(page.write(report, out / "compress.html"))
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    head = [f"| {' | '.join(columns)} |", "|---|" + "--:|" * (len(columns) - 1)]
+    return head + [f"| {' | '.join(row)} |" for row in rows]
 
 
 def examples(rows: Sequence[Mapping[str, Any]], items: Sequence[tasks.Item], out: pathlib.Path) -> list[page.AnyBlock]:

@@ -36,7 +36,7 @@ class Method:
     compressor: Any
     drop: DropSchedule = dataclasses.field(default_factory=DropSchedule)
     control: bool = False
-    blind: bool = False  # the questions alone, without the video
+    shown: str = "film"  # or what a control is shown instead, one of `runner.SHOWN`
 
 
 def patches_per_frame(model: HiCo) -> int:
@@ -48,8 +48,24 @@ def patches_per_frame(model: HiCo) -> int:
     return jax.eval_shape(lambda m, c: m.vision(c), model, clip).shape[1] // config.frames_per_clip
 
 
-def methods(model: HiCo, tokens_per_frame: int | None = None) -> list[Method]:
-    """All of them, the model's own first.
+def usual_schedule(layers: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """A quarter of the tokens left after two thirds of the layers, as the paper's two stages in shape."""
+    first = max(1, layers // 7)
+    return (first, max(first + 1, layers * 9 // 14)), (1.0, 0.5, 0.25)
+
+
+def schedule_of(model: HiCo) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Layers and ratios of the video level: the model's own, or the usual ones."""
+    own = model.config.drop
+    return (own.layers, own.ratios) if own.num_stages else usual_schedule(model.config.llm.num_layers)
+
+
+def methods(
+    model: HiCo,
+    tokens_per_frame: int | None = None,
+    schedule: tuple[tuple[int, ...], tuple[float, ...]] | None = None,
+) -> list[Method]:
+    """All of them, merging first. `schedule` has layers and ratios of the video level (`schedule_of`).
 
     Raises:
       ValueError: more tokens than the tower gives patches.
@@ -66,8 +82,11 @@ def methods(model: HiCo, tokens_per_frame: int | None = None) -> list[Method]:
     stages = sorted({max(1, layers * i // 4) for i in (1, 2, 3)})
     everything = KeepConfig(patches, patches)
     deep = min(2, layers - 1)
+    merged = ToMeConfig(kept, image)
+    stages_of, ratios = schedule or schedule_of(model)
+    video = f"{', '.join(f'{r:g}' for r in ratios[1:])} left after layers {', '.join(map(str, stages_of))}"
     return [
-        Method("merge", "token merging (HiCo)", ToMeConfig(kept, image)),
+        Method("merge", "token merging (HiCo)", merged),
         Method("merge-frame", "token merging without time", ToMeConfig(kept, image, scope="frame")),
         Method("pool", "average pooling", PoolConfig(kept, image)),
         Method("pool-time", "average pooling over time", PoolConfig(kept, image, "time")),
@@ -81,9 +100,16 @@ def methods(model: HiCo, tokens_per_frame: int | None = None) -> list[Method]:
                everything, DropSchedule("attention", tuple(stages),
                                         (1.0, *(share ** ((i + 1) / len(stages)) for i in range(len(stages)))))),
         Method("none", "no compression", everything),
-        Method("drop-all", f"control: every visual token dropped after layer {deep}", ToMeConfig(kept, image),
+        Method("drop-uniform", f"merging, uniform drop: {video}", merged, DropSchedule("uniform", stages_of, ratios)),
+        Method("drop-attention", f"merging, attention drop: {video}", merged,
+               DropSchedule("attention", stages_of, ratios)),
+        Method("drop-paper", f"merging, uniform then attention drop: {video}", merged,
+               DropSchedule("uniform0_attention", stages_of, ratios)),
+        Method("drop-all", f"control: every visual token dropped after layer {deep}", merged,
                DropSchedule("uniform", (deep,), (1.0, 0.0)), control=True),
-        Method("blind", "control: the questions without the video", ToMeConfig(kept, image), control=True, blind=True),
+        Method("shuffled", "control: the frames shuffled", merged, control=True, shown="shuffled"),
+        Method("blank", "control: grey frames", merged, control=True, shown="blank"),
+        Method("blind", "control: the questions without the video", merged, control=True, shown="nothing"),
     ]  # fmt: skip
 
 
@@ -106,7 +132,7 @@ def apply(model: HiCo, method: Method) -> HiCo:
 
 def tokens_by_layer(method: Method, layers: int) -> tuple[float, float]:
     """Visual tokens a frame at the language model's input, and their mean over its layers."""
-    first = 0 if method.blind else method.compressor.tokens_per_frame
+    first = 0 if method.shown == "nothing" else method.compressor.tokens_per_frame
     bounds = (0, *(method.drop.layers if method.drop.num_stages else ()), layers)
     ratios = method.drop.ratios if method.drop.num_stages else (1.0,)
     total = sum((b - a) * r for a, b, r in zip(bounds, bounds[1:], ratios, strict=False))

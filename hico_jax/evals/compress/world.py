@@ -16,7 +16,7 @@ from hico_jax.evals.bench.tasks import Benchmark, Item, Verdict
 # Which questions belong to which kind of task. Kinds named by a prefix end in a colour.
 TASKS = {
     "appearance": ("card_colour", "card_shape"), "order": ("first_colour", "second_colour", "order_"),
-    "motion": ("direction",), "counting": ("count_shapes",), "grounding": ("when", "part"),
+    "motion": ("direction",), "counting": ("count_shapes",), "grounding": ("when", "part"), "multi-hop": ("chain_",),
 }  # fmt: skip
 RECIPES = {"card": ("appearance", "grounding"), "two_cards": ("order",), "mover": ("motion",), "count": ("counting",)}
 
@@ -29,8 +29,14 @@ def _judge(item: Item, answer: str) -> Verdict:
 BENCHMARK = Benchmark("world", "The made-up world", (), lambda *_: {}, _judge, "world", 6, own=_judge)
 
 
-def items(folder: pathlib.Path, number: int, seconds: int, seed: int) -> list[Item]:
-    """`number` films of each recipe, and as many long ones with a card anywhere; training never shows any of them."""
+CHAIN_S = (16.0, 32.0)  # room for four to eight cards
+
+
+def items(folder: pathlib.Path, number: int, seconds: int, seed: int, chains: int = 0) -> list[Item]:
+    """`number` films of each recipe, and as many long ones with a card anywhere; training never shows any of them.
+
+    `chains` films more hold a chain of hints amid the cards of another, so that its last card must be reached.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     found: list[Item] = []
     for i in range(number):
@@ -44,6 +50,12 @@ def items(folder: pathlib.Path, number: int, seconds: int, seed: int) -> list[It
             if not path.is_file():
                 films.write_scene(path, scene)
             found += _items(path, scene, tasks, f"{recipe}{i}")
+    for i in range(chains):
+        scene = make_scene("two_chains", seed=seed, split="val", index=i, look=Look(seconds=CHAIN_S))
+        path = folder / f"chains_{seed}_{i}.mp4"
+        if not path.is_file():
+            films.write_scene(path, scene)
+        found += _items(path, scene, ("multi-hop",), f"chains{i}")
     return found
 
 
@@ -58,7 +70,9 @@ def _items(path: pathlib.Path, scene: Scene, tasks: tuple[str, ...], name: str) 
 
 
 def _kind(question: Question) -> str:
-    return "order" if question.kind.startswith("order_") else question.kind
+    """The kind without the colour that it is about."""
+    named = question.kind.startswith(("order_", "chain_"))
+    return question.kind.rsplit("_", 1)[0] if named else question.kind
 
 
 def chance(found: list[Item]) -> float:

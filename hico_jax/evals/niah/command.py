@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,8 @@ from data_pipeline.image import resize
 from data_pipeline.tokenizer import load_tokenizer
 from data_pipeline.world import films
 from hico_jax import ask
-from hico_jax.evals import card, journal
+from hico_jax.batch import DropSchedule
+from hico_jax.evals import card, journal, paired
 from hico_jax.evals.bench import report as bench
 from hico_jax.evals.bench.report import SHOWN, percent
 from hico_jax.evals.niah import grid as trials
@@ -30,6 +31,11 @@ from hico_jax.parallel import sharding
 from hico_jax.parallel.mesh import MeshConfig, make_mesh
 from hico_jax.report import page, progress, raster
 
+CONTROLS = (
+    "Controls: *no needle* asks about the film alone, *blank needle* puts a grey picture in the needle's place, "
+    "*shuffled* mixes the frames of film and needle, *dropped* drops every visual token after the second layer, "
+    "*blind* shows no film. They meet each needle at one depth, which goes round with the needles."
+)
 WORLD_SEED = 70_000  # of cards; films of the demo's tests have other seeds
 
 
@@ -40,6 +46,8 @@ def main(args: argparse.Namespace) -> int:
       ValueError: missing files, a film that is too short, or a folder with trials made with other settings.
     """
     model, tokenizer_folder = ask.load_model(args.model)
+    if args.drop is not None:
+        model = ask.with_drop(model, DropSchedule(*args.drop))
     if args.devices == 1:
         return _main(args, model, tokenizer_folder)
     if args.devices > jax.device_count():
@@ -57,7 +65,7 @@ def _main(args: argparse.Namespace, model: HiCo, tokenizer_folder: pathlib.Path)
     chains = args.hops > 1
     hidden = hide(args, geometry.image_px)
     insertions = haystack.INSERTIONS if args.insertion == "both" else (args.insertion,)
-    grid = trials.Grid(frames, tuple(args.depths), insertions, chains)
+    grid = trials.Grid(frames, tuple(args.depths), insertions, chains, controls_of(args.controls), args.seed)
     prompt = args.prompt or ("paper" if args.needles else "chat")
     out = pathlib.Path(args.out)
     settings = settings_of(args, model, grid, hidden, prompt)
@@ -70,8 +78,23 @@ def _main(args: argparse.Namespace, model: HiCo, tokenizer_folder: pathlib.Path)
     with progress.bar("questions") as tick:
         lines = trials.run(asker, hay, hidden, grid, out, tick=tick)
     told = settings | {"distinct_frames": hay.distinct, "devices": args.devices}
-    tell(lines, grid, told, out, examples(lines, hidden, path))
+    names = [needle.id for needle in hidden]
+    tell(lines, grid, told, out, examples(lines, hidden, path), trials.differences(lines, grid, names))
     return 0
+
+
+def controls_of(text: str) -> tuple[str, ...]:
+    """Controls by the first word of their names; "all" is all. The film without a needle is always asked about.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    known = {name.split()[0]: name for name in trials.CONTROLS}
+    names = list(known) if text == "all" else ["no", *text.split(",")] if text else ["no"]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"there is no control {name!r}; known are {', '.join(known)}")
+    return tuple(known[name] for name in dict.fromkeys(names))
 
 
 def hide(args: argparse.Namespace, px: int) -> list[needles.Needle]:
@@ -114,7 +137,8 @@ def settings_of(
         "test": "multi-hop" if grid.chains else "single-hop", **card.model(model, args.model),
         "haystack": args.haystack or "made-up world", "needles": args.needles or "made-up world",
         "number_of_needles": len(hidden), "frames": grid.frames, "frames_per_second": 1,
-        "depths": grid.places, "insertions": grid.insertions, "pictures": [len(n.pictures) for n in hidden],
+        "depths": grid.places, "insertions": grid.insertions, "controls": grid.controls,
+        "pictures": [len(n.pictures) for n in hidden],
         "decoys": args.decoys, "think": args.think,
         "frames_per_picture": model.config.geometry().frames_per_clip, "prompt": prompt, "decoding": "greedy",
         "repeated_haystack": args.repeat, "seed": args.seed,
@@ -147,13 +171,17 @@ def tell(
     settings: dict[str, Any],
     out: pathlib.Path,
     shown: Sequence[page.AnyBlock] = (),
+    compared: Mapping[str, Mapping[str, paired.Difference]] | None = None,
 ) -> None:
     """Write summary, pictures and reports, and print the totals."""
     environment = card.environment() | {"command": card.command(), "peak memory, MiB": card.peak_memory_mib()}
     totals = trials.totals(lines, grid)
     tables = {f"{i}, {s}": trials.table(lines, grid, i, s) for i in grid.insertions for s in trials.SCORINGS}
+    cells = {f"{i}, {s}": trials.scores(lines, grid, i, s) for i in grid.insertions for s in trials.SCORINGS}
     summary: dict[str, Any] = {"card": settings, "environment": environment, "totals": totals, "tables": tables}
+    summary["cells"] = cells
     summary["control"] = trials.control(lines, grid)
+    summary["differences"] = compared or {}
     if grid.chains:
         summary["joint"] = trials.joint(lines, grid)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -174,8 +202,8 @@ def tell(
             "tokens are the likeliest (the paper's score); *generated*: the model says it.",
         },
         {
-            "title": "Totals", "blocks": [_totals(totals), _control(summary["control"])],
-            "text": "The last line is the control: the same questions about the film without a needle.",
+            "title": "Totals", "text": CONTROLS,
+            "blocks": [_totals(totals), _control(summary["control"]), *_differences(compared or {}, grid)],
         },
     ]  # fmt: skip
     if grid.chains:
@@ -200,7 +228,7 @@ def tell(
         "footer": f"`{environment['command']}`",
     }
     path = page.write(report, out / "report.html")
-    (out / "report.md").write_text(markdown(tables, totals, rows, columns, settings), encoding="utf-8")
+    (out / "report.md").write_text(markdown(cells, totals, rows, columns, settings, compared or {}), encoding="utf-8")
     for insertion, scores in totals.items():
         said = ", ".join(f"{s} {percent(v)}" for s, v in scores.items())
         print(f"  {insertion:9} {said}, {scores['forced']['number']} questions")
@@ -208,19 +236,30 @@ def tell(
 
 
 def markdown(
-    tables: dict[str, Any], totals: dict[str, Any], rows: list[str], columns: list[str], settings: dict[str, Any]
+    cells: dict[str, Any],
+    totals: dict[str, Any],
+    rows: list[str],
+    columns: list[str],
+    settings: dict[str, Any],
+    compared: Mapping[str, Mapping[str, paired.Difference]],
 ) -> str:
     """The tables for a paper, with the protocol below."""
     lines = []
-    for title, values in tables.items():
+    for title, values in cells.items():
         lines += [f"| {title} | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
         lines += [
-            f"| {name} | {' | '.join('–' if v is None else f'{100 * v:.0f} %' for v in row)} |"
-            for name, row in zip(rows, values, strict=True)
+            f"| {name} | {' | '.join(percent(cell) for cell in row)} |" for name, row in zip(rows, values, strict=True)
         ]
         insertion, scoring = title.split(", ")
         control = percent(totals[trials.CONTROL][scoring])
         lines += ["", f"All: {percent(totals[insertion][scoring])}; without a needle: {control}.", ""]
+    if compared:
+        lines += ["| control | share, forced | needle − control, points, forced | generated |", "|---|--:|--:|--:|"]
+        lines += [
+            f"| {name} | {percent(totals[name]['forced'])} | " + " | ".join(map(paired.starred, by.values())) + " |"
+            for name, by in compared.items()
+        ]
+        lines += ["", paired.NOTE, ""]
     return "\n".join(lines + [f"- {k}: {v}" for k, v in settings.items()]) + "\n"
 
 
@@ -239,6 +278,12 @@ def _control(control: list[dict[str, Any]]) -> page.Table:
     return {"kind": "table", "columns": ["frames", *names], "rows": rows, "caption": "teacher-forced, by length"}
 
 
+def _differences(compared: Mapping[str, Mapping[str, paired.Difference]], grid: trials.Grid) -> list[page.Table]:
+    rows = [[name, *map(paired.starred, by.values())] for name, by in compared.items()]
+    columns = ["control", *(f"needle in the {grid.level}s − control, {s}" for s in trials.SCORINGS)]
+    return [{"kind": "table", "columns": columns, "rows": rows, "caption": paired.NOTE}] if rows else []
+
+
 def _joint(joint: dict[str, Any]) -> page.Table:
     rows: list[list[Any]] = []
     for insertion, found in joint.items():
@@ -247,7 +292,7 @@ def _joint(joint: dict[str, Any]) -> page.Table:
                 s = row[scoring]
                 rows.append([
                     f"{insertion}, {row['frames']:,} frames, {scoring}", percent(s["caption"]), percent(s["question"]),
-                    f"{100 * s['mean']:.1f} %", percent(s["both"]), s["only_caption"], s["only_question"],
+                    percent(s["mean"]), percent(s["both"]), s["only_caption"], s["only_question"],
                 ])  # fmt: skip
     columns = ["", "caption", "question", "mean", "both", "only caption", "only question"]
     return {"kind": "table", "columns": columns, "rows": rows}

@@ -13,7 +13,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +39,7 @@ class Haystack:
 
     tokens: Float[Array, "1 S D"]
     num_frames: int
-    pixels: dict[int, UInt8[ndarray, "px px 3"]]
+    pixels: Mapping[int, UInt8[ndarray, "px px 3"]] | UInt8[ndarray, "T px px 3"]
     distinct: int  # frames of the film itself, before it is repeated
 
 
@@ -63,13 +65,20 @@ def encode(
     model: HiCo,
     path: str | os.PathLike[str],
     chosen: Int[ndarray, " T"],
-    keep: Iterable[int],
+    keep: Iterable[int] | None,
     *,
     clips_per_step: int = 16,
 ) -> Haystack:
-    """Read and encode the chosen frames, a few clips at a time; pixels are kept only of the frames in `keep`."""
-    geometry, kept = model.config.geometry(), set(keep)
-    pixels: dict[int, ndarray] = {}
+    """Read and encode the chosen frames, a few clips at a time; pixels are kept only of the frames in `keep`.
+
+    None keeps all of them, in a file that has no name and goes with the process.
+    """
+    geometry, kept = model.config.geometry(), range(len(chosen)) if keep is None else set(keep)
+    pixels: Any = {}
+    if keep is None:
+        shape = (len(chosen), geometry.image_px, geometry.image_px, 3)
+        with tempfile.TemporaryFile() as file:
+            pixels = np.memmap(file, np.uint8, "w+", shape=shape)
     parts = []
     per_step = clips_per_step * geometry.frames_per_clip
     held: list[ndarray] = []
@@ -204,6 +213,49 @@ def at_pixels(
     extra = encode_clips(model, clips, most)
     extra = jnp.pad(extra, ((0, 0), (0, most * per_clip - extra.shape[1]), (0, 0)))
     return Trial(np.concatenate(index).astype(np.int32), extra)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed:
+    """A film shuffled together with the frames of a needle that is not there yet: encoded once for all needles.
+
+    Clips with a needle's frame are encoded for each; the tokens that stand for them here are of black frames.
+    """
+
+    hay: Haystack
+    frames: tuple[Frame, ...]
+    open: tuple[int, ...]  # clips that hold a frame of the needle
+
+
+def mixed(
+    model: HiCo, hay: Haystack, num_frames: int, pictures: int, rng: np.random.Generator, *, clips_per_step: int = 16
+) -> Mixed:
+    """The first `num_frames` of a film whose pixels are all kept, and room for a needle, in an order of no meaning."""
+    geometry = model.config.geometry()
+    whole = sequence(num_frames, [0] * pictures, geometry.frames_per_clip)
+    frames = tuple(whole[i] for i in rng.permutation(len(whole)))
+    black = np.zeros((geometry.image_px, geometry.image_px, 3), np.uint8)
+    parts, step = [], clips_per_step * geometry.frames_per_clip
+    for first in range(0, len(frames), step):
+        shown = [black if kind == "needle" else hay.pixels[i] for kind, i in frames[first : first + step]]
+        parts.append(encode_clips(model, _clips(shown, geometry), clips_per_step))
+    held = sorted({place // geometry.frames_per_clip for place, (kind, _) in enumerate(frames) if kind == "needle"})
+    return Mixed(Haystack(jnp.concatenate(parts, axis=1), len(frames), hay.pixels, hay.distinct), frames, tuple(held))
+
+
+def at_random(model: HiCo, film: Mixed, pictures: Sequence[UInt8[ndarray, "px px 3"]]) -> Trial:
+    """The shuffled film with this needle's frames where they fell."""
+    geometry = model.config.geometry()
+    per_clip, per = geometry.tokens_per_clip, geometry.frames_per_clip
+    shown = {"film": film.hay.pixels, "needle": dict(enumerate(pictures))}
+    clips = np.stack([
+        np.stack([shown[kind][i] for kind, i in film.frames[clip * per : (clip + 1) * per]]) for clip in film.open
+    ])  # fmt: skip
+    extra = encode_clips(model, clips, len(clips))
+    index = np.arange(film.hay.tokens.shape[1], dtype=np.int32).reshape(-1, per_clip)
+    for n, clip in enumerate(film.open):
+        index[clip] = index.size + n * per_clip + np.arange(per_clip)
+    return Trial(index.reshape(-1), extra)
 
 
 @jax.jit

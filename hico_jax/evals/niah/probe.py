@@ -24,6 +24,8 @@ from data_pipeline.buckets import ladder
 from data_pipeline.frames import time_message
 from data_pipeline.tokenizer import IMAGE_TEXT, Tokenizer
 from hico_jax import generate
+from hico_jax.ask import with_drop
+from hico_jax.batch import DropSchedule
 from hico_jax.evals.bench.matchers import LETTERS, strict_letter
 from hico_jax.evals.niah import haystack
 from hico_jax.evals.niah.haystack import Haystack, Trial
@@ -62,24 +64,31 @@ class Probe:
     think: bool = False  # questions end with `questions.THINK`: the way is told before the answer
     max_thought_tokens: int = 64
 
+    def dropped(self) -> Probe:
+        """The same with every visual token dropped after the second layer, a control."""
+        after = min(2, self.model.config.llm.num_layers - 1)
+        return dataclasses.replace(self, model=with_drop(self.model, DropSchedule("uniform", (after,), (1.0, 0.0))))
+
     def ids(self, question: str, num_frames: int) -> list[int]:
-        """The prompt with one placeholder for all frames.
+        """The prompt with one placeholder for all frames; without frames it has none.
 
         In the paper the question follows the last frame at once. In a chat, as `hico ask` writes it, a newline and
         the sentence about the film's length stand between them.
         """
-        text = f"{IMAGE_TEXT}{question}"
-        if self.prompt == "chat":
+        text = f"{IMAGE_TEXT}{question}" if num_frames else question
+        if num_frames and self.prompt == "chat":
             text = chat.first_question(question, time_message(float(num_frames), range(num_frames), 1.0))
         return chat.prompt_ids(self.tokenizer, [{"role": "user", "content": text}])
 
     def ask(self, hay: Haystack, trial: Trial, asked: Asked) -> Found:
-        """Prefill, then score the right answer and let the model speak."""
+        """Prefill, then score the right answer and let the model speak. A trial without tokens asks without a film."""
         geometry = self.model.config.geometry()
         num_clips = len(trial.index) // geometry.tokens_per_clip
         began = time.perf_counter()
         ids = self.ids(asked.question, num_clips * geometry.frames_per_clip)
-        row = layout.row(ids, None, [layout.Visual(num_clips=num_clips)], geometry, max_length=NO_LIMIT)
+        row = layout.row(
+            ids, None, [layout.Visual(num_clips=num_clips)] if num_clips else [], geometry, max_length=NO_LIMIT
+        )
         batch = layout.collate(
             [row], geometry, ladder(len(row), 64), num_clips, training=False, pixels=False, drop_multiple=32
         )  # fmt: skip

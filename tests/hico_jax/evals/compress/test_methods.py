@@ -18,7 +18,7 @@ def test_at_least_eight_and_each_once(asked_model: HiCo) -> None:
     names = [m.name for m in found]
     assert len(set(names)) == len(names) >= 10
     assert found[0].compressor == asked_model.config.compressor
-    assert [m.name for m in found if m.control] == ["drop-all", "blind"]
+    assert [m.name for m in found if m.control] == ["drop-all", "shuffled", "blank", "blind"]
 
 
 def test_every_method_has_the_same_weights_and_its_own_tokens(asked_model: HiCo) -> None:

@@ -12,7 +12,7 @@ from data_pipeline.tokenizer import Tokenizer
 from hico_jax import ask, cli
 from hico_jax.batch import DropSchedule
 from hico_jax.convert import export
-from hico_jax.evals.niah import needles
+from hico_jax.evals.niah import grid, needles
 from hico_jax.models.hico import HiCo
 
 
@@ -25,6 +25,7 @@ def model(asked_model: HiCo, words: Tokenizer, tmp_path_factory: pytest.TempPath
 
 def test_the_made_up_world(model: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["niah", "--model", model, "--out", str(tmp_path), "--frames", "16", "--depths", "0,0.4", "--count", "2"]
+    line += ["--controls", "blank,shuffled,blind"]
     assert cli.main(line) == cli.OK
     said = capsys.readouterr().out
     assert "feature" in said
@@ -33,6 +34,11 @@ def test_the_made_up_world(model: str, tmp_path: pathlib.Path, capsys: pytest.Ca
     assert summary["totals"]["pixel"]["forced"]["number"] == 4
     assert summary["totals"]["no needle"]["forced"]["number"] == 2
     assert summary["card"]["prompt"] == "chat"
+    controls = [name for name in grid.CONTROLS if name != grid.DROPPED]
+    assert list(summary["differences"]) == controls
+    assert all(d["forced"]["number"] == 2 for d in summary["differences"].values())
+    told = (tmp_path / "report.md").read_text()
+    assert all(f"| {name} | " in told for name in controls)
     assert set(summary["tables"]) == {f"{i}, {s}" for i in ("feature", "pixel") for s in ("forced", "generated")}
     for name in ("heatmap_pixel_forced.png", "heatmap_feature_generated.png"):
         with Image.open(tmp_path / name) as image:
@@ -64,6 +70,15 @@ def test_a_users_film_and_chains(model: str, noise_film: pathlib.Path, tmp_path:
 
 
 @pytest.mark.slow
+def test_every_control_of_a_model_that_drops(model: str, tmp_path: pathlib.Path) -> None:
+    line = ["niah", "--model", model, "--out", str(tmp_path), "--frames", "8,16", "--depths", "0,0.4", "--count", "2"]
+    assert cli.main([*line, "--controls", "all", "--drop", "uniform0_attention:1,2:1,0.5,0.25"]) == cli.OK
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["card"]["drop"]["kind"] == "uniform0_attention"
+    assert [d["forced"]["number"] for d in summary["differences"].values()] == [4] * len(grid.CONTROLS)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("drop", [False, True])
 def test_eight_devices_find_what_one_finds(
     drop: bool, asked_model: HiCo, words: Tokenizer, tmp_path: pathlib.Path
@@ -91,6 +106,7 @@ def test_eight_devices_find_what_one_finds(
     [
         (["--devices", "9"], "--devices is 9 but this machine has 8"),
         (["--frames", "3"], "--frames 3 is less than one clip of 4 frames"),
+        (["--controls", "blank,cat"], "there is no control 'cat'; known are no, blank, shuffled, dropped, blind"),
         (["--frames", "x"], "'x' is not a whole number"),
         (["--depths", "2"], "'2' is not a number from 0 to 1"),
         (["--hops", "9"], "2 to 8 cards, decoys included, not 9"),

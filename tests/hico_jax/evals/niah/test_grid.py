@@ -16,12 +16,14 @@ class Echo(probe.Probe):
     """Answers without running a model; may be stopped."""
 
     asked: list[str]
+    trials: list[Any]
     stop_after: int
 
     def ask(self, hay: Any, trial: Any, asked: needles.Asked) -> probe.Found:
         if len(self.asked) >= self.stop_after:
             raise KeyboardInterrupt
         self.asked.append(asked.question)
+        self.trials.append((hay, trial, self.model.config.drop))
         right = len(trial.index) % 3 == 0
         return probe.Found(right, -1.0, right, asked.answer, len(trial.index), 0, 0.0)
 
@@ -29,8 +31,17 @@ class Echo(probe.Probe):
 def echo(model: HiCo, stop_after: int = 10**6) -> Echo:
     made = Echo(model, None)  # type: ignore[arg-type]
     object.__setattr__(made, "asked", [])
+    object.__setattr__(made, "trials", [])
     object.__setattr__(made, "stop_after", stop_after)
+    object.__setattr__(made, "dropped", lambda: _dropped(made))
     return made
+
+
+def _dropped(asker: Echo) -> Echo:
+    other = echo(probe.Probe.dropped(asker).model)
+    object.__setattr__(other, "asked", asker.asked)
+    object.__setattr__(other, "trials", asker.trials)
+    return other
 
 
 @pytest.fixture
@@ -70,6 +81,41 @@ def test_a_stopped_run_goes_on(asked_model: HiCo, hay: haystack.Haystack, tmp_pa
     ]  # fmt: skip
 
 
+def test_controls(asked_model: HiCo, hay: haystack.Haystack, tmp_path: pathlib.Path) -> None:
+    tried = grid.Grid((8, 16), (0.0, 0.4), controls=grid.CONTROLS)
+    hidden, asker = needles.world(3, 32, 0), echo(asked_model)
+    assert tried.kept(hidden, 4) is None, "a shuffled film takes every frame"
+    lines = grid.run(asker, hay, hidden, tried, tmp_path)
+    assert len(lines) == 3 * (2 * 2 * 2 + 4 * 2 + 1)
+    of = {(x["insertion"], x["frames"], x["needle"]): i for i, x in enumerate(lines)}
+    place = lambda name, needle: lines[of[name, 16, needle]]["depth"]
+    assert [place(grid.BLANK, f"world{n}") for n in range(3)] == [0.0, 0.4, 0.0]
+    assert [place(grid.DROPPED, f"world{n}") for n in range(3)] == [0.0, 0.4, 0.0]
+    assert {x["visual_tokens"] for x in lines if x["insertion"] == grid.BLIND} == {0}
+
+    def seen(name: str, frames: int = 16) -> tuple[Any, np.ndarray]:
+        held, trial, drop = asker.trials[of[name, frames, "world1"]]
+        return drop, np.asarray(haystack.gather(held.tokens, trial.extra, trial.index))
+
+    film = [hay.pixels[i] for i in range(16)]
+    with_grey = np.stack([*film[:7], *[np.full((32, 32, 3), 128, np.uint8)] * 4, *film[7:]]).reshape(-1, 4, 32, 32, 3)
+    np.testing.assert_allclose(seen(grid.BLANK)[1], haystack.encode_clips(asked_model, with_grey, 5), atol=1e-5)
+    same = next(i for i, x in enumerate(lines) if x["id"] == "pixel/16/0.4/world1/shape")
+    held, trial, _ = asker.trials[same]
+    drop, tokens = seen(grid.DROPPED)
+    np.testing.assert_array_equal(tokens, haystack.gather(held.tokens, trial.extra, trial.index))
+    assert drop.kept(20) == (0,)
+    assert seen(grid.SHUFFLED)[1].shape == tokens.shape
+    order = haystack.mixed(asked_model, hay, 16, 1, np.random.default_rng((0, 16, 1))).frames
+    (picture,) = hidden[1].pictures
+    frames = np.stack([picture if kind == "needle" else film[i] for kind, i in order]).reshape(-1, 4, 32, 32, 3)
+    np.testing.assert_allclose(seen(grid.SHUFFLED)[1], haystack.encode_clips(asked_model, frames, 5), atol=1e-5)
+    found = grid.differences(lines, tried, [n.id for n in hidden])
+    assert {name: d["forced"]["number"] for name, d in found.items()} == dict.fromkeys(grid.CONTROLS, 6)
+    assert found[grid.DROPPED]["forced"]["difference"] == 0.0, "the echo is right by the number of tokens"
+    assert grid.run(echo(asked_model, 0), hay, hidden, tried, tmp_path) == lines
+
+
 def test_chains_span_the_film(asked_model: HiCo, hay: haystack.Haystack, tmp_path: pathlib.Path) -> None:
     tried = grid.Grid((8, 16), (0.5,), chains=True)
     hidden = needles.world_chains(2, 5, 32, 0)
@@ -88,7 +134,7 @@ def test_joint_scores() -> None:
     ]  # fmt: skip
     (row,) = grid.joint(lines, tried)["pixel"]
     found = row["forced"]
-    assert (found["caption"]["share"], found["question"]["share"], found["mean"]) == (0.5, 0.5, 0.5)
+    assert (found["caption"]["share"], found["question"]["share"], found["mean"]["share"]) == (0.5, 0.5, 0.5)
     assert (found["both"]["share"], found["only_caption"], found["only_question"]) == (0.25, 1, 1)
     assert row["generated"]["both"]["share"] == 0
 

@@ -90,6 +90,21 @@ def test_one_frame_a_second_and_repeated_films(asked_model: HiCo, film: pathlib.
     np.testing.assert_allclose(hay.tokens[0, 20:24], hay.tokens[0, :4], atol=1e-6)
 
 
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_shuffled_film_holds_every_frame_once(asked_model: HiCo, film: pathlib.Path, number: int) -> None:
+    chosen = haystack.indices(film, FRAMES, repeat=False)
+    hay, shown = haystack.encode(asked_model, film, chosen, None), pictures(number)
+    np.testing.assert_array_equal(hay.pixels, pixels_of(film, chosen))
+    mixed = haystack.mixed(asked_model, hay, FRAMES, number, np.random.default_rng(1), clips_per_step=3)
+    straight = haystack.sequence(FRAMES, [0] * number, 4)
+    assert sorted(mixed.frames) == sorted(straight)
+    assert list(mixed.frames) != straight
+    frames = np.stack([shown[i] if kind == "needle" else hay.pixels[i] for kind, i in mixed.frames])
+    expected = haystack.encode_clips(asked_model, frames.reshape(-1, 4, 32, 32, 3), 8)
+    found = taken(asked_model, mixed.hay, haystack.at_random(asked_model, mixed, shown))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_places() -> None:
     assert haystack.places(10, 0.25, 1) == [2]
     assert haystack.places(10, 1.0, 1) == [10]
