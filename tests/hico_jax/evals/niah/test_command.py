@@ -92,9 +92,9 @@ def test_eight_devices_find_what_one_finds(
     for devices in ("1", "8"):
         out = tmp_path / devices
         line = ["niah", "--model", weights, "--out", str(out), "--frames", "32", "--depths", "0,0.4", "--count", "2"]
-        assert cli.main([*line, "--devices", devices]) == cli.OK
+        assert cli.main([*line, "--controls", "all", "--devices", devices]) == cli.OK
         found.append([json.loads(x) for x in (out / "trials.0.jsonl").read_text().splitlines()])
-    assert len(found[0]) == 10
+    assert len(found[0]) == 18
     for one, eight in zip(*found, strict=True):
         assert one["log_prob"] == pytest.approx(eight["log_prob"], abs=1e-3)
         for name in ("id", "answer", "forced", "generated", "visual_tokens", "prompt_tokens"):
