@@ -34,9 +34,9 @@ SURFACE = {
         "--drop", "--repetition-penalty", "--fresh",
     },
     "niah": {
-        "--model", "--out", "--fresh", "--haystack", "--repeat", "--needles", "--images", "--hops", "--decoys", "--think",
+        "--model", "--out", "--fresh", "--haystack", "--repeat", "--needles", "--images", "--hops", "--decoys",
         "--count", "--letters", "--seed", "--frames", "--depths", "--insertion", "--prompt", "--devices",
-        "--controls", "--drop",
+        "--controls", "--drop", "--think",
     },
     "compress": {
         "--model", "--out", "--methods", "--tokens-per-frame", "--max-frames", "--seed", "--fresh", "--films",
