@@ -28,6 +28,8 @@ OWN = {
     "write": str,
 }
 
+NO_TEXT = "  what is sent: unknown, this jaxlib cannot print what this compiler made; other versions of the two may"
+
 
 def main(argv: Sequence[str]) -> int:
     """Print the plan.
@@ -179,8 +181,9 @@ def lines(report: dict[str, Any]) -> list[str]:
             f"  {'temporary':32} {found['temporary_gib']:8.2f} GiB",
             *(
                 f"  {kind:32} {n:5} of {size / 2**20:9.1f} MiB in all"
-                for kind, (n, size) in found["collectives"].items()
+                for kind, (n, size) in (found["collectives"] or {}).items()
             ),
+            *([] if found["collectives"] else [NO_TEXT] if found["collectives"] is None else ["  nothing is sent"]),
         ]  # fmt: skip
     return out
 

@@ -34,7 +34,6 @@ def test_what_the_compiler_complains_of(words: str, says: str, monkeypatch: pyte
         raise RuntimeError(words)
 
     monkeypatch.setattr(topologies, "get_topology_desc", fail)
-    monkeypatch.setattr(c, "_ask_for_programs", lambda: None)
     with pytest.raises(ValueError, match=says):
         c.devices_of("v5e:2x2")
 

@@ -7,6 +7,8 @@ import json
 import pytest
 
 from hico_jax.cli import main
+from hico_jax.plan import compile as c
+from hico_jax.plan import run
 
 BASE = ["plan", "--config=configs/stage3_sft.py:umt_qwen2_7b"]
 
@@ -23,6 +25,20 @@ def test_a_plan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["peak_gib"] < found["hbm_gib"]
     assert main([*BASE, "--topology=v5p:4x4x4", "--tokens=1048576", "--prefill"]) == 0
     assert "cache" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("sent", "says"),
+    [({"all-reduce": (3, 6 << 20)}, "all-reduce  3 of 6.0 MiB in all"), ({}, "nothing is sent"), (None, "unknown")],
+)
+def test_what_the_compiler_said_is_printed_and_what_it_did_not_say(
+    sent: dict[str, tuple[int, int]] | None, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(run, "_compiled", lambda *_: c.record(c.Compiled(3 << 30, 1 << 30, 2 << 30, 0, 9.0, sent)))
+    assert main([*BASE, "--topology=v5p:4x4x4", "--compile"]) == 0
+    out = capsys.readouterr().out
+    assert " ".join(says.split()) in " ".join(out.split())
+    assert "3.00 GiB" in out
 
 
 @pytest.mark.parametrize(
