@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import pathlib
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,11 +52,10 @@ def record(found: Compiled) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _program(compiled: Any) -> str:
-    """The text of a program, empty where this pair of jaxlib and libtpu cannot print what it compiled.
-
-    The compiler could write its programs to files instead, but only all of them: 18 files a fusion, and twice the work.
-    """
+def _program(compiled: Any, folder: str) -> str:
+    """The text of a program: from the compiler's own file, as jaxlib cannot read all that libtpu makes; or empty."""
+    for file in pathlib.Path(folder).glob("*.jit_*.after_optimizations.txt"):
+        return file.read_text()
     try:
         return compiled.as_text()
     except Exception:  # not one type over versions, and a plan is worth having without it
@@ -68,6 +69,8 @@ def devices_of(topology: str) -> Sequence[Any]:
       ValueError: no TPU compiler is installed, or it does not know the name.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or it looks for a TPU's metadata for a minute
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # or it complains of both on many lines
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     from jax.experimental import topologies
 
     try:
@@ -142,10 +145,14 @@ def _batch(experiment: Experiment, mesh: Mesh, rows: int, tokens: int, clips: in
 
 def _compile(jitted: Any, args: tuple[Any, ...], keep_text: bool) -> Compiled:
     lowered = jitted.lower(*args)
-    began = time.monotonic()
-    compiled = lowered.compile()
-    seconds = time.monotonic() - began
-    memory, text = compiled.memory_analysis(), _program(compiled)
+    with tempfile.TemporaryDirectory(prefix="hico_plan_") as folder:
+        # Some twenty files. LIBTPU_INIT_ARGS can ask too, but gets 18 for every fusion, at twice the time in all.
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if sharding.platform() == "tpu" else None
+        began = time.monotonic()
+        compiled = lowered.compile(compiler_options=dump)
+        seconds = time.monotonic() - began
+        text = _program(compiled, folder)
+    memory = compiled.memory_analysis()
     return Compiled(
         peak_bytes=int(memory.peak_memory_in_bytes), argument_bytes=int(memory.argument_size_in_bytes),
         temporary_bytes=int(memory.temp_size_in_bytes),
