@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -240,8 +240,16 @@ def ring_bound(llm: Any, ratio: float, training: bool = True) -> float:
     return (12 / 5 if training else 2.0) * llm.num_kv_heads / llm.num_heads * ratio
 
 
-def check_memory(found: Forecast, topology: Topology, experiment: Experiment, peak: float | None = None) -> None:
-    """Refuse what does not fit, with what would help.
+def check_memory(
+    found: Forecast,
+    topology: Topology,
+    experiment: Experiment,
+    shape: Shape,
+    *,
+    peak: float | None = None,
+    training: bool = True,
+) -> None:
+    """Refuse what does not fit, with the three settings that would help most; `peak` is the compiler's figure.
 
     Raises:
       ValueError: too little HBM.
@@ -249,24 +257,51 @@ def check_memory(found: Forecast, topology: Topology, experiment: Experiment, pe
     need, has = found.peak if peak is None else peak, topology.chip.memory * USABLE
     if need <= has:
         return
-    llm, mesh = experiment.model.llm, found.mesh
-    help_ = []
-    if not llm.remat:
-        help_.append("--config.model.llm.remat=True")
-    elif getattr(llm, "remat_keeps", "nothing") == "attention":
-        help_.append("--config.model.llm.remat_keeps=nothing")
-    if mesh.sequence == 1 or mesh.fsdp > 1:
-        help_.append(f"--config.mesh.sequence={max(2, 2 * mesh.sequence)} (fewer rows a device)")
-    if experiment.optim.accumulate == 1:
-        help_.append("a larger --config.optim.accumulate")
-    if found.strategy == "gather":
-        help_.append("--config.mesh.context=ring")
-    help_ += [
-        f"more chips than {topology.count}",
-        "fewer tokens a row (--config.data.max_length)",
-        "a smaller --config.train.loss_chunk",
-    ]
+    helps, what = [], "step" if training else "prefill"
+    for words, changed, place, mesh, batch in _changes(experiment, topology, found, shape, training):
+        then = forecast(changed, place, mesh, batch, training=training).peak
+        if then < 0.98 * found.peak:
+            helps.append((then, words))
+    told = [f"{words} ({then / 2**30:.1f} GiB)" for then, words in sorted(set(helps))[:3]] or ["chips with more memory"]
     raise ValueError(
-        f"the step needs {need / 2**30:.1f} GiB a chip but {topology.chip.name} has {has / 2**30:.1f} GiB to use, "
-        f"{(need - has) / 2**30:.1f} GiB too few; what would help: {'; '.join(help_[:3])}"
+        f"the {what} needs {need / 2**30:.1f} GiB a chip but {topology.chip.name} has {has / 2**30:.1f} GiB to use, "
+        f"{(need - has) / 2**30:.1f} GiB too few; what would help, each alone, by forecast: {'; '.join(told)}"
     )
+
+
+def _changes(
+    experiment: Experiment, topology: Topology, found: Forecast, shape: Shape, training: bool
+) -> Iterator[tuple[str, Experiment, Topology, MeshConfig, Shape]]:
+    """Single changes that may need less memory: in words, and what is forecast then."""
+    llm, mesh, replace = experiment.model.llm, found.mesh, dataclasses.replace
+
+    def of_llm(**new: Any) -> Experiment:
+        return replace(experiment, model=replace(experiment.model, llm=replace(llm, **new)))
+
+    if training and not llm.remat:
+        yield "--config.model.llm.remat=True", of_llm(remat=True), topology, mesh, shape
+    elif training and llm.remat_keeps != "nothing":
+        keeps = "--config.model.llm.remat_keeps=nothing"
+        yield keeps, of_llm(remat_keeps="nothing"), topology, mesh, shape
+    if mesh.fsdp % 2 == 0:
+        longer = replace(mesh, fsdp=mesh.fsdp // 2, sequence=2 * mesh.sequence)
+        words = f"--config.mesh.fsdp={longer.fsdp} --config.mesh.sequence={longer.sequence}"
+        yield words, experiment, topology, longer, shape
+    if found.strategy == "gather":
+        yield "--config.mesh.context=ring", experiment, topology, replace(mesh, context="ring"), shape
+    fitted, best = recommend(experiment, topology, shape) if training else (experiment, mesh)
+    if (best.fsdp, best.sequence, fitted.optim.accumulate) != (mesh.fsdp, mesh.sequence, experiment.optim.accumulate):
+        words = f"--config.mesh.fsdp={best.fsdp} --config.mesh.sequence={best.sequence} --config.optim.accumulate="
+        yield f"{words}{fitted.optim.accumulate}", fitted, topology, best, shape
+    parts = shape.rows // (mesh.slices * mesh.data * mesh.fsdp)
+    if training and parts > experiment.optim.accumulate:  # one row a device at a time
+        split = replace(experiment, optim=replace(experiment.optim, accumulate=parts))
+        yield f"--config.optim.accumulate={parts}", split, topology, mesh, shape
+    if shape.tokens >= 8192:
+        less = replace(shape, tokens=shape.tokens // 2, clips=shape.clips // 2)
+        yield f"rows of {less.tokens:,} tokens", experiment, topology, mesh, less
+    twice = replace(topology, shape=(*topology.shape[:-1], 2 * topology.shape[-1]))
+    for axis in ("fsdp", "sequence"):
+        wider = replace(mesh, **{axis: 2 * getattr(mesh, axis)})
+        if axis == "sequence" or shape.rows % (2 * mesh.slices * mesh.data * mesh.fsdp) == 0:
+            yield f"--topology={twice.name} with mesh.{axis}={getattr(wider, axis)}", experiment, twice, wider, shape
