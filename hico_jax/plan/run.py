@@ -130,7 +130,7 @@ def check_shape(experiment: Any, mesh: Any, shape: Any) -> None:
     if llm.num_heads % mesh.tensor or llm.num_kv_heads % mesh.tensor:
         raise ValueError(
             f"{llm.num_heads} heads and {llm.num_kv_heads} key/value heads cannot be split over "
-            f"mesh.tensor={mesh.tensor}; it must divide both, so at most {math.gcd(llm.num_heads, llm.num_kv_heads)}"
+            f"mesh.tensor={mesh.tensor}; use a divisor of {math.gcd(llm.num_heads, llm.num_kv_heads)}"
         )
     share, micro = mesh.slices * mesh.data * mesh.fsdp, shape.rows // experiment.optim.accumulate
     if shape.rows % experiment.optim.accumulate or micro % share:
