@@ -142,7 +142,7 @@ def forecast(
     """What one step (or, not training, one prefill) asks of a device."""
     llm, vision, chip = experiment.model.llm, experiment.model.vision, topology.chip
     sizes = sizes_of(experiment)
-    count = topology.count
+    count, per_clip = topology.count, experiment.model.geometry().tokens_per_clip
     shards = mesh.fsdp * mesh.sequence * mesh.tensor
     parts = experiment.optim.accumulate if training else 1
     rows_here = max(1.0, shape.rows / (mesh.slices * mesh.data * mesh.fsdp) / parts)
@@ -150,7 +150,7 @@ def forecast(
     heads = llm.num_heads * llm.head_dim
     trains, frozen = sum(t for t, _ in sizes.values()), sum(f for _, f in sizes.values())
     layer = (sum(sizes["llm"]) - llm.vocab_size * llm.embed_dim * (1 if llm.tied else 2)) / llm.num_layers
-    patches = (vision.image_px // 16) ** 2 * vision.frames_per_clip
+    patches = (vision.image_px // vision.patch_px) ** 2 * vision.frames_per_clip
     clips_here = math.ceil(shape.rows * shape.clips / count)
 
     kv_bytes = 4.0 * shape.tokens * llm.num_kv_heads * llm.head_dim * rows_here
@@ -166,7 +166,7 @@ def forecast(
     unembed = llm.vocab_size * llm.embed_dim / mesh.tensor
     pixels = clips_here * vision.frames_per_clip * 3.0 * vision.image_px**2
     tower, tower_trains = sum(sizes["vision"]), sizes["vision"][0] * training
-    group = spread.group_size(max(1, clips_here), patches)
+    group = spread.group_size(max(1, clips_here), vision.image_px**2 * vision.frames_per_clip // 256)
     most = decoder.FRUGAL_SLICE if not training else decoder.MESH_SLICE if count > 1 else decoder.SLICE
     wide = 2.0 * min(here, most * rows_here) * llm.mlp_dim / mesh.tensor  # one activation of an MLP
     attention_alive = here * (18 if training else 12) * heads / mesh.tensor  # float32 queries, sums, their parts
@@ -226,7 +226,7 @@ def forecast(
         / (chip.link * chip.links)
     )
     exposed += llm.num_layers * max(0.0, weights - compute / llm.num_layers)
-    film = max(0, mesh.sequence - 1) / max(1, mesh.sequence) * shape.clips * 64 * llm.embed_dim * 2.0 * rows_here
+    film = max(0, mesh.sequence - 1) / max(1, mesh.sequence) * shape.clips * per_clip * llm.embed_dim * 2.0 * rows_here
     exposed += (2 if training else 1) * film / chip.link  # visual tokens on their way home
     return Forecast(memory, flops, again, compute, exposed, bound, strategy, mesh)
 
