@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 TIMEOUT_S = 300.0
+AGREE_S = 3600.0  # reading a week of film takes long; of a process that died jax.distributed tells sooner
 
 
 def join(timeout_s: float | None = None, env: Mapping[str, str] = os.environ) -> None:
@@ -51,7 +52,7 @@ class Agreement:
       ValueError: a process said nothing in time; it is named.
     """
 
-    def __init__(self, processes: Sequence[int], timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, processes: Sequence[int], timeout_s: float = AGREE_S) -> None:
         self._processes, self._timeout_s, self._round = tuple(processes), timeout_s, 0
 
     def __call__(self, text: str) -> list[str]:
