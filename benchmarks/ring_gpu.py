@@ -5,7 +5,8 @@
     JAX_NUM_CPU_DEVICES=2 python benchmarks/ring_gpu.py --small  # a try on a CPU, sizes of a toy
 
     correct     ring, gather, usp in bf16 against one device and float32: relative error of values and gradients
-    attention   one layer of Qwen2-7B heads, forward and backward, at 131k, 262k and 524k tokens: ratio to one device
+    attention   one layer of Qwen2-7B heads, forward and backward, at 131k, 262k and 524k tokens: ratio to one device,
+                as models run it there, and to cuDNN's plain causal kernel, which knows no padding
     step        one optimizer step of the 2B model (Qwen2.5-1.5B) on one row of 1,048,576 tokens
     prefill     Qwen2-7B on one row of 1,048,576 tokens
 
@@ -43,6 +44,7 @@ from hico_jax.parallel import context, sharding, zigzag
 from hico_jax.parallel.mesh import MeshConfig, make_mesh
 
 HEADS, KV_HEADS, WIDTH = 28, 4, 128
+PLAIN = {"gpu": "cudnn", "cuda": "cudnn", "cpu": "xla"}
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
@@ -84,13 +86,16 @@ def gradients(count: int, strategy: str) -> tuple[Any, Any]:
     mesh = make_mesh(MeshConfig(1, 1, count, 1), jax.devices()[:count])
 
     def loss(q: Any, k: Any, v: Any, p: Any, s: Any, d_out: Any) -> Any:
-        out = attention.attend(q, k, v, q_positions=p, k_positions=p, q_segments=s, k_segments=s)
+        if strategy == "plain":
+            out = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=PLAIN[sharding.platform()])
+        else:
+            out = attention.attend(q, k, v, q_positions=p, k_positions=p, q_segments=s, k_segments=s)
         return (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(), out
 
     run = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
 
     def call(*arrays: Any) -> Any:
-        with jax.set_mesh(mesh), context.using(strategy):
+        with jax.set_mesh(mesh), context.using("auto" if strategy == "plain" else strategy):
             return run(*arrays)
 
     return mesh, call
@@ -160,8 +165,8 @@ def attention_speed(args: argparse.Namespace) -> list[dict[str, Any]]:
     results = []
     for length in (1024,) if args.small else [int(n) for n in args.lengths.split(",")]:
         flops = 7 * 2 * length**2 * HEADS * WIDTH / 2 * 1.0  # 2 products forward, 5 backward, half of each
-        base = None
-        for count, strategy in [(1, "ring"), *((args.devices, s) for s in ring.STRATEGIES)]:
+        base, plain = None, None
+        for count, strategy in [(1, "ring"), (1, "plain"), *((args.devices, s) for s in args.strategies.split(","))]:
             try:
                 mesh, run = gradients(count, strategy)
                 arrays = made(mesh, length, count)
@@ -171,17 +176,19 @@ def attention_speed(args: argparse.Namespace) -> list[dict[str, Any]]:
                 results.append({"length": length, "devices": count, "strategy": strategy, "error": str(error)[:300]})
                 continue
             base = base or took
-            ratio = base / took
+            plain = took if strategy == "plain" else plain
+            ratio, to_plain = base / took, plain and plain / took
             results.append(
                 {"length": length, "devices": count, "strategy": strategy, "seconds": took, "ratio": ratio,
-                 "tflops": flops / took / 1e12, "repeats": repeats}
+                 "ratio_to_plain": to_plain, "tflops": flops / took / 1e12, "repeats": repeats}
             )  # fmt: skip
             if args.json:  # a run that is cut short has shown something
                 pathlib.Path(args.json).with_suffix(".attention.json").write_text(json.dumps(results, indent=1))
-            name = "one" if count == 1 else strategy
+            name = "one" if (count, strategy) == (1, "ring") else strategy
             say(
                 f"attention  {length:7} {count} x {name:7} {took * 1e3:9.1f} ms  "
-                f"{flops / took / 1e12:7.0f} TFLOP/s  {ratio:.2f} x  (median of {repeats})"
+                f"{flops / took / 1e12:7.0f} TFLOP/s  {ratio:.2f} x one, "
+                f"{to_plain or 0:.2f} x plain  (median of {repeats})"
             )
             arrays = None
     return results
@@ -331,6 +338,7 @@ def main() -> int:
     parser.add_argument("--strategy", default="gather", help="of step and prefill: ring, gather or usp")
     parser.add_argument("--keeps", default="nothing", help="of the step: what a recomputed layer keeps")
     parser.add_argument("--lengths", default="131072,262144,524288", help="of attention, by comma")
+    parser.add_argument("--strategies", default=",".join(ring.STRATEGIES), help="of attention, by comma")
     parser.add_argument("--steps", type=int, default=2, help="of the step; the last is timed, compiling is not")
     parser.add_argument("--step-tokens", type=int, default=1 << 20)
     parser.add_argument("--prefill-tokens", type=int, default=1 << 20)

@@ -15,7 +15,7 @@ import numpy as np
 from data_pipeline.chat import IGNORE
 from data_pipeline.drop import count_queries, plan_drop, stages
 from hico_jax.batch import Batch, Geometry
-from hico_jax.shapes import Float, Int, UInt8, ndarray
+from hico_jax.shapes import Bool, Float, Int, UInt8, ndarray
 
 
 class RowTooLongError(ValueError):
@@ -73,6 +73,7 @@ class Row:
     num_tiles: int
     clips: UInt8[ndarray, "N T height width 3"] | None = None
     tiles: UInt8[ndarray, "I height width 3"] | None = None
+    held: Bool[ndarray, " _"] | None = None  # which of its clips `clips` are; None: all of them
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -195,6 +196,7 @@ def pack(rows: Sequence[Row], geometry: Geometry) -> Row:
         num_tiles=tile,
         clips=_join([r.clips for r in rows]),
         tiles=_join([r.tiles for r in rows]),
+        held=_join([r.held for r in rows]),
     )
 
 
@@ -209,6 +211,13 @@ def _shift(r: Row, geometry: Geometry, total_clips: int, clips_before: int = 0, 
 def _join(arrays: Sequence[ndarray | None]) -> ndarray | None:
     present = [a for a in arrays if a is not None]
     return np.concatenate(present) if present else None
+
+
+def blank(r: Row, held: Bool[ndarray, " N"], geometry: Geometry) -> Row:
+    """The row with nothing to see in the clips that are `held` here."""
+    px = geometry.image_px
+    clips = np.zeros((int(held.sum()), geometry.frames_per_clip, px, px, 3), np.uint8)
+    return dataclasses.replace(r, clips=clips, held=held)
 
 
 def skip_positions(r: Row, reach: int, rng: np.random.Generator) -> Row:
@@ -291,7 +300,7 @@ def collate(
         segments=segments,
         targets=answers,
         weights=weights,
-        clips=_pixels([r.clips for r in rows], num_clips if pixels else 0, (frames, px, px, 3)),
+        clips=_pixels([r.clips for r in rows], num_clips if pixels else 0, (frames, px, px, 3), [r.held for r in rows]),
         images=_pixels([r.tiles for r in rows], num_tiles if pixels else 0, (px, px, 3)),
     )
     if not geometry.drop.num_stages:
@@ -303,11 +312,18 @@ def collate(
     return batch.replace(drop=plan)  # type: ignore[attr-defined]
 
 
-def _pixels(arrays: Sequence[ndarray | None], count: int, shape: tuple[int, ...]) -> UInt8[ndarray, "B N *shape"]:
-    out = np.zeros((len(arrays), count, *shape), np.uint8)
+def _pixels(
+    arrays: Sequence[ndarray | None], count: int, shape: tuple[int, ...], held: Sequence[ndarray | None] | None = None
+) -> UInt8[ndarray, "B N *shape"]:
+    out = np.zeros((len(arrays), count, *shape), np.uint8)  # what is not written takes no memory
     for b, array in enumerate(arrays):
-        if array is not None and count:
+        if array is None or not count:
+            continue
+        some = None if held is None else held[b]
+        if some is None:
             out[b, : len(array)] = array
+        else:
+            out[b, np.flatnonzero(some)] = array
     return out
 
 

@@ -18,17 +18,17 @@ import hashlib
 import os
 import re
 import tempfile
-import threading
 import zlib
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from absl import flags
 
-from data_pipeline import buckets, layout, records
+from data_pipeline import buckets, layout, records, together
 from data_pipeline.annotations import Sample, read_annotations
+from data_pipeline.cache import Cache
 from data_pipeline.index import Index
 from data_pipeline.options import DataConfig
 from data_pipeline.sample import Lay, lay_out, read_pixels
@@ -86,10 +86,12 @@ def make_loader(
     process_index: int = 0,
     process_count: int = 1,
     start: Mapping[str, Any] | None = None,
+    shared: together.Shared | None = None,
 ) -> Loader:
     """The batches of a configuration, for one host of several.
 
-    Every host computes the same global plan and reads its own rows. `start` is a state from `get_state`.
+    Every host computes the same global plan and reads its own rows. `start` is a state from `get_state`. `shared`
+    is there where hosts read a row together: which clips are this one's, and how to ask the others.
 
     Raises:
       ValueError: annotations or tokenizer cannot be read, or rows do not divide over hosts.
@@ -110,7 +112,8 @@ def make_loader(
     _check_known(samples, config.max_bad_fraction)
     plan = Plan(config, geometry, samples, tokenizer, process_index, process_count)
     plan.media = records.Media(prepared) if prepared else None
-    return Loader(plan, start)
+    plan.share = shared and shared.share
+    return Loader(plan, start, shared and shared.agree)
 
 
 def _check_known(samples: Sequence[Sample], share: float) -> None:
@@ -140,16 +143,18 @@ class Plan:
         self.config, self.geometry, self.samples, self.tokenizer = config, geometry, samples, tokenizer
         self.host, self.hosts = host, hosts
         self.media: records.Media | None = None  # where a prepared folder's files come from
+        self.share: together.ClipShare | None = None  # None: every clip is decoded here
         self.rows_per_step = config.batch_size // hosts
         self.fixed = all(len(b) == 1 for b in (config.length_buckets, config.clip_buckets, config.tile_buckets))
-        self._cache = _Cache(config.cache_mb << 20 if config.sample != "rand" else 0)
+        self._cache = Cache(config.cache_mb << 20 if config.sample != "rand" else 0)
+        self._rooms: dict[int, int] = {}  # the most clips of a row of a step
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {k: v for k, v in self.__dict__.items() if k != "_cache"}
         return kept | {"cache_bytes": self._cache.limit}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._cache = _Cache(state.pop("cache_bytes"))
+        self._cache = Cache(state.pop("cache_bytes"))
         self.__dict__.update(state)
 
     @functools.cached_property
@@ -210,7 +215,8 @@ class Plan:
         with contextlib.ExitStack() as held:  # its files, from their headers to their pixels
             laid, faults = self._lay_out_all(mine, epoch, held)
             sizes = self._sizes(layout.pack([lay.row for lay in laid], self.geometry))
-            parts = [self._read(lay, fault) for lay, fault in zip(laid, faults, strict=True)]
+            held = self._held(step, epoch, [lay.row.num_clips for lay in laid])
+            parts = [self._read(lay, fault, some) for lay, fault, some in zip(laid, faults, held, strict=True)]
         rows = [row for row, _ in parts]
         if self.config.position_skip:
             rng = np.random.default_rng((self.config.seed, step, first + self.host))
@@ -222,6 +228,21 @@ class Plan:
                         others, _ = self._lay_out_all(self.index.row(step, place), epoch, held)
                     sizes = sizes.union(self._sizes(layout.pack([lay.row for lay in others], self.geometry)))
         return Made(mine, layout.pack(rows, self.geometry), sizes, tuple(fault for _, fault in parts))
+
+    def _held(self, step: int, epoch: int, counts: Sequence[int]) -> Sequence[ndarray | None]:
+        """The clips of each conversation of a row that are decoded here. They depend on the room all rows get."""
+        if self.share is None:
+            return [None] * len(counts)
+        most = 0
+        if len(self.config.clip_buckets) != 1:
+            if step not in self._rooms:
+                for place in range(self.config.batch_size):
+                    with contextlib.ExitStack() as files:
+                        laid = self._lay_out_all(self.index.row(step, place), epoch, files)[0]
+                    most = max(most, sum(lay.row.num_clips for lay in laid))
+                self._rooms = {k: v for k, v in self._rooms.items() if k > step - 64} | {step: most}
+            most = self._rooms.get(step, most)
+        return together.split(self.share(buckets.bucket(most, self.config.clip_buckets, 1)), counts)
 
     def _lay_out_all(
         self, samples: Sequence[int], epoch: int, held: contextlib.ExitStack
@@ -240,18 +261,21 @@ class Plan:
     def _sizes(self, row: layout.Row) -> layout.Sizes:
         return layout.measure(row, self.geometry)
 
-    def _read(self, laid: Lay, fault: str) -> tuple[layout.Row, str]:
-        """The row with its pixels, or a masked one and why."""
+    def _read(self, laid: Lay, fault: str, held: ndarray | None = None) -> tuple[layout.Row, str]:
+        """The row with its pixels, or a masked one and why. A row of several hosts keeps its places: all must agree."""
         if fault:
             return laid.row, fault
+        some = () if held is None else (held,)
+        key = (laid.media, *(h.tobytes() for h in some))
         try:
-            kept = self._cache.get(laid.media)
+            kept = self._cache.get(key)
             if kept is None:
-                kept = read_pixels(laid, self.geometry, self.config)
-                self._cache.put(laid.media, kept)
+                kept = read_pixels(laid, self.geometry, self.config, *some)
+                self._cache.put(key, kept)
         except ValueError as error:  # every fault of a file or an annotation is one
-            return self._dummy().row, _reason(error)
-        return dataclasses.replace(laid.row, clips=kept.clips, tiles=kept.tiles), ""
+            row = self._dummy().row if held is None else layout.blank(laid.row, held, self.geometry)
+            return row, _reason(error)
+        return dataclasses.replace(laid.row, clips=kept.clips, tiles=kept.tiles, held=kept.held), ""
 
     def _lay_out(self, index: int, epoch: int, held: contextlib.ExitStack) -> tuple[Lay, str]:
         rng = np.random.default_rng((self.config.seed, epoch, index))
@@ -288,8 +312,8 @@ class Plan:
 class Loader:
     """An iterator of `Loaded` that can tell and take up its position. One epoch drops the rows that fill no batch."""
 
-    def __init__(self, plan: Plan, start: Mapping[str, Any] | None = None) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, start: Mapping[str, Any] | None = None, agree: together.Agree | None = None) -> None:
+        self.plan, self._agree = plan, agree
         self.steps_per_epoch = plan.index.steps(1)
         epochs = plan.config.num_epochs
         self.num_steps: int | None = plan.index.steps(epochs) if epochs else None
@@ -307,6 +331,9 @@ class Loader:
         if self._iterator is None:
             self._iterator = iter(_reading(self.plan, self._step, self.num_steps or ENDLESS))
         made = next(self._iterator)
+        if self._agree is not None:
+            found = together.agreed([m.row for m in made], [m.faults for m in made], self._agree)
+            made = [m._replace(row=row, faults=f) for m, row, f in zip(made, *found, strict=True)]
         batch = self.plan.collate(made)
         samples = [self.plan.samples[i] for m in made for i in m.samples]
         told = [fault for m in made for fault in m.faults]
@@ -389,34 +416,6 @@ def _reading(plan: Plan, first: int, steps: int) -> grain.IterDataset:
     ahead = grain.ReadOptions(min(config.read_threads, steps_ahead), steps_ahead)
     batches = rows.batch(count, batch_fn=list).to_iter_dataset(ahead)
     return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.worker_count))
-
-
-class _Cache:
-    """Decoded media of small sets, oldest out first: several conversations about one film share its frames."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self._held = limit, 0
-        self._rows: collections.OrderedDict[Hashable, layout.Row] = collections.OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, media: Hashable) -> layout.Row | None:
-        with self._lock:
-            return self._rows.get(media)
-
-    def put(self, media: Hashable, row: layout.Row) -> None:
-        size = _bytes(row)
-        with self._lock:
-            if media in self._rows or size > self.limit:
-                return
-            self._held += size
-            self._rows[media] = row
-            while self._held > self.limit:
-                _, old = self._rows.popitem(last=False)
-                self._held -= _bytes(old)
-
-
-def _bytes(row: layout.Row) -> int:
-    return sum(a.nbytes for a in (row.clips, row.tiles, row.tokens) if a is not None)
 
 
 def kind_of(fault: str) -> str:

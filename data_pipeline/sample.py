@@ -19,7 +19,7 @@ from data_pipeline.layout import Visual
 from data_pipeline.options import DataConfig
 from data_pipeline.tokenizer import Tokenizer
 from hico_jax.batch import Batch, Geometry
-from hico_jax.shapes import UInt8, ndarray
+from hico_jax.shapes import Bool, UInt8, ndarray
 
 
 class Lay(NamedTuple):
@@ -112,8 +112,10 @@ def _picture(size: tuple[int, int], count: int, config: DataConfig, geometry: Ge
     return Visual.picture(1 + rows * cols, (rows, cols))
 
 
-def read_pixels(laid: Lay, geometry: Geometry, config: DataConfig) -> layout.Row:
-    """The row with its clips and tiles.
+def read_pixels(
+    laid: Lay, geometry: Geometry, config: DataConfig, held: Bool[ndarray, " N"] | None = None
+) -> layout.Row:
+    """The row with its tiles and its clips, or those of them that are `held` here: the others are not decoded.
 
     Raises:
       ValueError: a file cannot be decoded.
@@ -121,12 +123,16 @@ def read_pixels(laid: Lay, geometry: Geometry, config: DataConfig) -> layout.Row
     px = geometry.image_px
     clips, tiles = None, None
     if laid.films:
-        clips = np.concatenate([read_clips(info, indices, geometry) for info, indices in laid.films])
+        seen = [indices for _, indices in laid.films]
+        if held is not None:
+            parts = np.split(np.repeat(held, geometry.frames_per_clip), np.cumsum([len(i) for i in seen])[:-1])
+            seen = [indices[part] for indices, part in zip(seen, parts, strict=True)]
+        clips = np.concatenate([read_clips(f[0], i, geometry) for f, i in zip(laid.films, seen, strict=True)])
     if laid.pictures:
         opened = [image.read_image(p) for p in laid.pictures]
         made = image.picture_tiles(opened, px, aspect=config.image_aspect, grid=config.image_grid)
         tiles = np.concatenate([t for t, _ in made])
-    return dataclasses.replace(laid.row, clips=clips, tiles=tiles)
+    return dataclasses.replace(laid.row, clips=clips, tiles=tiles, held=held if laid.films else None)
 
 
 def read_clips(info: video.VideoInfo, indices: ndarray, geometry: Geometry) -> UInt8[ndarray, "N T px px 3"]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 import types
 import typing
@@ -97,6 +98,12 @@ class Experiment:
             raise ValueError(
                 f"data.batch_size is {self.data.batch_size} but optim.accumulate is {self.optim.accumulate}; "
                 "make the batch size a multiple of it"
+            )
+        heads, kv_heads, tensor = self.model.llm.num_heads, self.model.llm.num_kv_heads, self.mesh.tensor
+        if tensor > 1 and math.gcd(heads, kv_heads) % tensor:
+            raise ValueError(
+                f"{heads} heads and {kv_heads} key/value heads cannot be split over mesh.tensor={tensor}; use a "
+                f"divisor of {math.gcd(heads, kv_heads)}"
             )
 
     @property

@@ -26,6 +26,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from data_pipeline.loader import make_loader
+from data_pipeline.together import Shared
 from hico_jax import checkpoint, config, first_batch, lora, metrics, overview
 from hico_jax.batch import Batch
 from hico_jax.config import Experiment
@@ -285,8 +286,13 @@ _HELD: list[Any] = []  # loaders that must not be collected before the program e
 
 
 def _train(experiment: Experiment, *, compile_only: bool = False) -> int:
-    index, count = sharding.rows_of(make_mesh(experiment.mesh))
-    loader = make_loader(experiment.data, experiment.model.geometry(), process_index=index, process_count=count)
+    mesh = make_mesh(experiment.mesh)
+    index, count = sharding.rows_of(mesh)
+    share = sharding.clip_share(mesh)
+    shared = share and Shared(share[0], hosts.Agreement(share[1]))
+    loader = make_loader(
+        experiment.data, experiment.model.geometry(), process_index=index, process_count=count, shared=shared
+    )
     tokenizer = loader.plan.tokenizer
     if tokenizer.vocab_size > experiment.model.llm.vocab_size:
         raise ValueError(

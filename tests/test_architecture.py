@@ -72,7 +72,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "hico_jax.step": _TRAINING,
     "hico_jax.train": (
         *_TRAINING, "hico_jax.convert.load", "hico_jax.models.hico", "hico_jax.preempt", "hico_jax.samples",
-        "hico_jax.step", "hico_jax.first_batch", "hico_jax.overview", "data_pipeline.loader",
+        "hico_jax.step", "hico_jax.first_batch", "hico_jax.overview", "data_pipeline.loader", "data_pipeline.together",
     ),
     "hico_jax.film": (*_CONTRACT, "hico_jax.models.hico", "hico_jax.generate", "data_pipeline"),
     "hico_jax.serve": ("hico_jax", "data_pipeline"),
@@ -128,6 +128,7 @@ TESTED_ELSEWHERE = {
     "hico_jax/samples.py": "tests/hico_jax/test_train.py",
     "hico_jax/step.py": "tests/hico_jax/test_train.py",
     "hico_jax/data.py": "tests/data_pipeline/test_check.py",
+    "data_pipeline/cache.py": "tests/data_pipeline/test_loader.py",
     "data_pipeline/prepare.py": "tests/data_pipeline/test_records.py",
     "hico_jax/models/vision/patches.py": "tests/hico_jax/models/vision/test_umt.py",
     "hico_jax/serve/prompts.py": "tests/hico_jax/serve/test_session.py",

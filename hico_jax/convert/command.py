@@ -135,6 +135,8 @@ def main_export(args: argparse.Namespace) -> int:
             print(f"{reason}; trying the checkpoint before it", file=sys.stderr)
             continue
         print(receipt.text("exported", str(target)))
+        if config.drop.num_stages and config.drop.shares > 1:
+            print(f"note: the reference's code drops by the whole row, not by {config.drop.shares} shares of it")
         return 0
     raise ValueError(f"{reason}; there is no other one to export")
 

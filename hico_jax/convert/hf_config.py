@@ -6,7 +6,8 @@ What `config.json` cannot say, because the reference keeps it in code, goes unde
                     num_hidden_layers (nominal: before `mm_vision_select_layer` cuts the last ones off),
                     num_attention_heads, num_frames, mlp_ratio
     hico_jax        our own, absent when everything is as published: tokens_per_frame, tokens_per_image,
-                    pretrain_grid, pretrain_frames, faithful_dtype, dtype (of activations)
+                    pretrain_grid, pretrain_frames, faithful_dtype, dtype (of activations), drop_shares. PyTorch
+                    programs pass over it: with drop_shares above 1 they choose the best of the whole row all the same
 
 The InternVL models have another `config.json`: hico_jax/convert/hf_internvl.py.
 """
@@ -115,6 +116,7 @@ def from_raw(raw: Mapping[str, Any], name: str = "") -> HiCoConfig:
             kind=_need(raw, "llm_compress_type"),
             layers=tuple(_need(raw, "llm_compress_layer_list")),
             ratios=tuple(float(r) for r in _need(raw, "llm_image_token_ratio_list")),
+            shares=ours.get("drop_shares", 1),
         )
     return HiCoConfig(
         vision=vision,
@@ -223,13 +225,15 @@ def to_raw(config: HiCoConfig, raw: Mapping[str, Any] | None = None, *, torch_dt
             "mlp_ratio": vision.mlp_ratio,
         }
     own = dataclasses.asdict(config.compressor) | {key: getattr(vision, key) for key in usual_vision}
-    own["dtype"] = config.dtype
+    own |= {"dtype": config.dtype, "drop_shares": drop.shares if drop.num_stages else 1}
     usual = dataclasses.asdict(ToMeConfig()) | usual_vision
-    usual["dtype"] = ACTIVATIONS.get(torch_dtype, HiCoConfig.dtype)
+    usual |= {"dtype": ACTIVATIONS.get(torch_dtype, HiCoConfig.dtype), "drop_shares": 1}
     changed = {key: value for key, value in own.items() if value != usual[key]}
     if changed:
         out["hico_jax"] = changed
-    assert _same(from_raw(out), config), (out, config)
+    lost = _differences(from_raw(out), config)
+    if lost:
+        raise ValueError(f"config.json of the reference cannot say {', '.join(lost)}; such a model has no PyTorch twin")
     return out
 
 
@@ -261,18 +265,31 @@ def language_config(raw: Mapping[str, Any], base: HiCoConfig) -> HiCoConfig:
 
 def _same(a: HiCoConfig, b: HiCoConfig) -> bool:
     """Equal but for what is chosen anew at every run."""
-
-    def plain(config: HiCoConfig) -> HiCoConfig:
-        llm = dataclasses.replace(config.llm, remat=False)
-        return dataclasses.replace(config, vision=_settled(config.vision), llm=llm)
-
-    return plain(a) == plain(b)
+    return not _differences(a, b)
 
 
-def _settled(vision: Any) -> Any:
-    """A tower's configuration without what is chosen anew at every run, and no `config.json` tells."""
-    usual = {key: field.default for key, field in vision.__dataclass_fields__.items() if key in ("remat", "drop_path")}
-    return dataclasses.replace(vision, **usual)
+def _differences(a: HiCoConfig, b: HiCoConfig) -> list[str]:
+    """What `b` has otherwise than `a`, but for what is chosen anew at every run: `llm.rope_theta=1e4`."""
+
+    def plain(config: HiCoConfig) -> dict[str, Any]:
+        drop = config.drop if config.drop.num_stages else DropSchedule()
+        parts = {"vision": _settled(config.vision), "compressor": config.compressor, "llm": _settled(config.llm)}
+        whole = {f"{part}.{f.name}": getattr(v, f.name) for part, v in parts.items() for f in dataclasses.fields(v)}
+        alone = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in (*parts, "drop")}
+        kinds = {f"{part}.arch": v.arch for part, v in parts.items()}
+        return kinds | whole | alone | {"drop": drop}
+
+    before, after = plain(a), plain(b)
+    return [f"{key}={value!r}" for key, value in after.items() if key not in before or before[key] != value]
+
+
+OF_A_RUN = ("remat", "remat_keeps", "drop_path")
+
+
+def _settled(part: Any) -> Any:
+    """A part's configuration without what is chosen anew at every run, and no `config.json` tells."""
+    usual = {key: field.default for key, field in part.__dataclass_fields__.items() if key in OF_A_RUN}
+    return dataclasses.replace(part, **usual)
 
 
 def _need(raw: Mapping[str, Any], key: str) -> Any:

@@ -10,10 +10,12 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 
 TIMEOUT_S = 300.0
+AGREE_S = 3600.0  # reading a week of film takes long; of a process that died jax.distributed tells sooner
 
 
 def join(timeout_s: float | None = None, env: Mapping[str, str] = os.environ) -> None:
@@ -39,6 +41,40 @@ def join(timeout_s: float | None = None, env: Mapping[str, str] = os.environ) ->
         )
     roll_call(host, int(port) + 1, int(process), [f"process {i}" for i in range(int(count))], timeout_s)
     jax.distributed.initialize(coordinator, int(count), int(process), initialization_timeout=round(timeout_s))
+
+
+class Agreement:
+    """Every time it is called, what each of some processes says, in their order. No device takes part.
+
+    All of them must call it equally often.
+
+    Raises:
+      ValueError: a process said nothing in time; it is named.
+    """
+
+    def __init__(self, processes: Sequence[int], timeout_s: float = AGREE_S) -> None:
+        self._processes, self._timeout_s, self._round = tuple(processes), timeout_s, 0
+
+    def __call__(self, text: str) -> list[str]:
+        from jax._src import distributed  # the store of jax.distributed has no public name
+
+        client: Any = distributed.global_state.client
+        own = f"hico/agree/{'-'.join(map(str, self._processes))}"
+        client.key_value_set(f"{own}/{self._round}/{jax.process_index()}", text)
+        said = [self._hear(client, f"{own}/{self._round}/{process}", process) for process in self._processes]
+        if self._round:  # who spoke in this round has heard all of the one before
+            client.key_value_delete(f"{own}/{self._round - 1}/{jax.process_index()}")
+        self._round += 1
+        return said
+
+    def _hear(self, client: Any, key: str, process: int) -> str:
+        try:
+            return client.blocking_key_value_get(key, round(1000 * self._timeout_s))
+        except Exception as error:  # one type of C++ for all that can happen
+            raise ValueError(
+                f"process {process} did not say within {self._timeout_s:.0f} s what it read for this step "
+                f"({str(error).splitlines()[0][:80]}); look at its log"
+            ) from None
 
 
 def roll_call(host: str, port: int, process: int, names: Sequence[str], timeout_s: float) -> None:

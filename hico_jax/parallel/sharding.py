@@ -6,6 +6,7 @@ Changing a parallelism edits `RULES`, never a model.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hico_jax.shapes import Int
+from hico_jax.shapes import Bool, Int
 
 SEQUENCE = "sequence"  # the mesh axis over which one row is split
 ROW = ("sequence", "tensor")  # the mesh axes over which a row's clips are shared out
@@ -220,6 +221,36 @@ def row_shares(owners: Int[np.ndarray, "P d"]) -> list[tuple[int, ...]]:
             "of the devices of a process"
         )
     return shares
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipShare:
+    """Which of a row's clips this process's devices hold: as `batch_shardings` lays them out, in plain numbers."""
+
+    sizes: tuple[int, ...]  # of the axes of `ROW`
+    mine: tuple[tuple[int, ...], ...]  # this process's places on them
+
+    def __call__(self, count: int) -> Bool[np.ndarray, " N"]:
+        """Of a row with room for `count` clips."""
+        sizes: dict[str, int] = dict(zip(ROW, self.sizes, strict=True))
+        part = spec((count,), ("row_clips",), sizes)[0] or ()
+        axes = [ROW.index(name) for name in ((part,) if isinstance(part, str) else part)]
+        blocks = np.zeros([self.sizes[axis] for axis in axes], bool)
+        for place in self.mine:
+            blocks[tuple(place[axis] for axis in axes)] = True
+        return np.repeat(blocks.reshape(-1), count // blocks.size)
+
+
+def clip_share(mesh: Mesh) -> tuple[ClipShare, tuple[int, ...]] | None:
+    """This process's share of the clips of its rows, and the processes of these rows; None if it has them alone."""
+    sizes = tuple(mesh.shape[name] for name in ROW)  # these axes are last
+    owners = np.array([device.process_index for device in mesh.devices.flat]).reshape(-1, *sizes)
+    of_rows = owners[list(_mine(mesh)[1])]
+    processes = tuple(np.unique(of_rows).tolist())
+    if len(processes) == 1:
+        return None
+    places = np.argwhere((of_rows == jax.process_index()).any(0))
+    return ClipShare(sizes, tuple(map(tuple, places.tolist()))), processes
 
 
 def put(batch: Any, mesh: Mesh) -> Any:

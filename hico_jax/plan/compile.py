@@ -6,12 +6,10 @@ Nothing is computed and no array exists; `libtpu` is the whole TPU compiler and 
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import functools
 import os
 import pathlib
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -39,45 +37,29 @@ class Compiled:
     temporary_bytes: int  # activations, gathered weights, buffers
     host_bytes: int
     compile_s: float
-    collectives: Mapping[str, tuple[int, int]]  # kind -> how many run, bytes that a device receives
+    collectives: Mapping[str, tuple[int, int]] | None  # kind -> how many run, bytes a device receives; or unknown
     text: str = ""  # the program, where it can be had
 
 
 def record(found: Compiled) -> dict[str, Any]:
     """The figures as plain numbers."""
+    sent = found.collectives
     return {
         "peak_gib": round(found.peak_bytes / 2**30, 2), "argument_gib": round(found.argument_bytes / 2**30, 2),
         "temporary_gib": round(found.temporary_bytes / 2**30, 2), "host_gib": round(found.host_bytes / 2**30, 2),
-        "compile_s": round(found.compile_s, 1), "collectives": {k: list(v) for k, v in found.collectives.items()},
+        "compile_s": round(found.compile_s, 1),
+        "collectives": None if sent is None else {k: list(v) for k, v in sent.items()},
     }  # fmt: skip
 
 
-_dumps: list[pathlib.Path] = []  # where this process's TPU compiler writes its programs, once it is asked for
-
-
-def _ask_for_programs() -> None:
-    """Some pairs of jaxlib and libtpu cannot print what they compiled; the compiler can, if told before it loads."""
-    if _dumps or "xla_jf_dump_to" in os.environ.get("LIBTPU_INIT_ARGS", ""):
-        return
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="hico_plan_"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    flags = ("to_filter=TLP", "hlo_text=true", "llo_text=false", f"to={folder}")
-    words = [os.environ.get("LIBTPU_INIT_ARGS", ""), *(f"--xla_jf_dump_{flag}" for flag in flags)]
-    os.environ["LIBTPU_INIT_ARGS"] = " ".join(words).strip()
-    _dumps.append(folder)
-
-
-def _program(compiled: Any) -> str:
-    """The text of a program, from the compiler's own files where it cannot be had otherwise; else empty."""
+def _program(compiled: Any, folder: str) -> str:
+    """The text of a program: from the compiler's own file, as jaxlib cannot read all that libtpu makes; or empty."""
+    for file in pathlib.Path(folder).glob("*.jit_*.after_optimizations.txt"):
+        return file.read_text()
     try:
         return compiled.as_text()
     except Exception:  # not one type over versions, and a plan is worth having without it
-        files = sorted(file for folder in _dumps for file in folder.glob("*TLP-hlo.txt"))
-    text = files[-1].read_text() if files else ""
-    for folder in _dumps:
-        for file in folder.iterdir():
-            file.unlink(missing_ok=True)
-    return text
+        return ""
 
 
 def devices_of(topology: str) -> Sequence[Any]:
@@ -87,7 +69,8 @@ def devices_of(topology: str) -> Sequence[Any]:
       ValueError: no TPU compiler is installed, or it does not know the name.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or it looks for a TPU's metadata for a minute
-    _ask_for_programs()
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # or it complains of both on many lines
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     from jax.experimental import topologies
 
     try:
@@ -162,15 +145,20 @@ def _batch(experiment: Experiment, mesh: Mesh, rows: int, tokens: int, clips: in
 
 def _compile(jitted: Any, args: tuple[Any, ...], keep_text: bool) -> Compiled:
     lowered = jitted.lower(*args)
-    began = time.monotonic()
-    compiled = lowered.compile()
-    seconds = time.monotonic() - began
-    memory, text = compiled.memory_analysis(), _program(compiled)
+    with tempfile.TemporaryDirectory(prefix="hico_plan_") as folder:
+        # Some twenty files. LIBTPU_INIT_ARGS can ask too, but gets 18 for every fusion, at twice the time in all.
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if sharding.platform() == "tpu" else None
+        began = time.monotonic()
+        compiled = lowered.compile(compiler_options=dump)
+        seconds = time.monotonic() - began
+        text = _program(compiled, folder)
+    memory = compiled.memory_analysis()
     return Compiled(
         peak_bytes=int(memory.peak_memory_in_bytes), argument_bytes=int(memory.argument_size_in_bytes),
         temporary_bytes=int(memory.temp_size_in_bytes),
         host_bytes=int(memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes),
-        compile_s=seconds, collectives=program.by_kind(program.collectives_of(text)), text=text if keep_text else "",
+        compile_s=seconds, text=text if keep_text else "",
+        collectives=program.by_kind(program.collectives_of(text)) if text else None,
     )  # fmt: skip
 
 

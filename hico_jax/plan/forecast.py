@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -142,7 +142,7 @@ def forecast(
     """What one step (or, not training, one prefill) asks of a device."""
     llm, vision, chip = experiment.model.llm, experiment.model.vision, topology.chip
     sizes = sizes_of(experiment)
-    count = topology.count
+    count, per_clip = topology.count, experiment.model.geometry().tokens_per_clip
     shards = mesh.fsdp * mesh.sequence * mesh.tensor
     parts = experiment.optim.accumulate if training else 1
     rows_here = max(1.0, shape.rows / (mesh.slices * mesh.data * mesh.fsdp) / parts)
@@ -150,7 +150,7 @@ def forecast(
     heads = llm.num_heads * llm.head_dim
     trains, frozen = sum(t for t, _ in sizes.values()), sum(f for _, f in sizes.values())
     layer = (sum(sizes["llm"]) - llm.vocab_size * llm.embed_dim * (1 if llm.tied else 2)) / llm.num_layers
-    patches = (vision.image_px // 16) ** 2 * vision.frames_per_clip
+    patches = (vision.image_px // vision.patch_px) ** 2 * vision.frames_per_clip
     clips_here = math.ceil(shape.rows * shape.clips / count)
 
     kv_bytes = 4.0 * shape.tokens * llm.num_kv_heads * llm.head_dim * rows_here
@@ -166,7 +166,7 @@ def forecast(
     unembed = llm.vocab_size * llm.embed_dim / mesh.tensor
     pixels = clips_here * vision.frames_per_clip * 3.0 * vision.image_px**2
     tower, tower_trains = sum(sizes["vision"]), sizes["vision"][0] * training
-    group = spread.group_size(max(1, clips_here), patches)
+    group = spread.group_size(max(1, clips_here), vision.image_px**2 * vision.frames_per_clip // 256)
     most = decoder.FRUGAL_SLICE if not training else decoder.MESH_SLICE if count > 1 else decoder.SLICE
     wide = 2.0 * min(here, most * rows_here) * llm.mlp_dim / mesh.tensor  # one activation of an MLP
     attention_alive = here * (18 if training else 12) * heads / mesh.tensor  # float32 queries, sums, their parts
@@ -226,7 +226,7 @@ def forecast(
         / (chip.link * chip.links)
     )
     exposed += llm.num_layers * max(0.0, weights - compute / llm.num_layers)
-    film = max(0, mesh.sequence - 1) / max(1, mesh.sequence) * shape.clips * 64 * llm.embed_dim * 2.0 * rows_here
+    film = max(0, mesh.sequence - 1) / max(1, mesh.sequence) * shape.clips * per_clip * llm.embed_dim * 2.0 * rows_here
     exposed += (2 if training else 1) * film / chip.link  # visual tokens on their way home
     return Forecast(memory, flops, again, compute, exposed, bound, strategy, mesh)
 
@@ -240,8 +240,16 @@ def ring_bound(llm: Any, ratio: float, training: bool = True) -> float:
     return (12 / 5 if training else 2.0) * llm.num_kv_heads / llm.num_heads * ratio
 
 
-def check_memory(found: Forecast, topology: Topology, experiment: Experiment, peak: float | None = None) -> None:
-    """Refuse what does not fit, with what would help.
+def check_memory(
+    found: Forecast,
+    topology: Topology,
+    experiment: Experiment,
+    shape: Shape,
+    *,
+    peak: float | None = None,
+    training: bool = True,
+) -> None:
+    """Refuse what does not fit, with the three settings that would help most; `peak` is the compiler's figure.
 
     Raises:
       ValueError: too little HBM.
@@ -249,24 +257,51 @@ def check_memory(found: Forecast, topology: Topology, experiment: Experiment, pe
     need, has = found.peak if peak is None else peak, topology.chip.memory * USABLE
     if need <= has:
         return
-    llm, mesh = experiment.model.llm, found.mesh
-    help_ = []
-    if not llm.remat:
-        help_.append("--config.model.llm.remat=True")
-    elif getattr(llm, "remat_keeps", "nothing") == "attention":
-        help_.append("--config.model.llm.remat_keeps=nothing")
-    if mesh.sequence == 1 or mesh.fsdp > 1:
-        help_.append(f"--config.mesh.sequence={max(2, 2 * mesh.sequence)} (fewer rows a device)")
-    if experiment.optim.accumulate == 1:
-        help_.append("a larger --config.optim.accumulate")
-    if found.strategy == "gather":
-        help_.append("--config.mesh.context=ring")
-    help_ += [
-        f"more chips than {topology.count}",
-        "fewer tokens a row (--config.data.max_length)",
-        "a smaller --config.train.loss_chunk",
-    ]
+    helps, what = [], "step" if training else "prefill"
+    for words, changed, place, mesh, batch in _changes(experiment, topology, found, shape, training):
+        then = forecast(changed, place, mesh, batch, training=training).peak
+        if then < 0.98 * found.peak:
+            helps.append((then, words))
+    told = [f"{words} ({then / 2**30:.1f} GiB)" for then, words in sorted(set(helps))[:3]] or ["chips with more memory"]
     raise ValueError(
-        f"the step needs {need / 2**30:.1f} GiB a chip but {topology.chip.name} has {has / 2**30:.1f} GiB to use, "
-        f"{(need - has) / 2**30:.1f} GiB too few; what would help: {'; '.join(help_[:3])}"
+        f"the {what} needs {need / 2**30:.1f} GiB a chip but {topology.chip.name} has {has / 2**30:.1f} GiB to use, "
+        f"{(need - has) / 2**30:.1f} GiB too few; what would help, each alone, by forecast: {'; '.join(told)}"
     )
+
+
+def _changes(
+    experiment: Experiment, topology: Topology, found: Forecast, shape: Shape, training: bool
+) -> Iterator[tuple[str, Experiment, Topology, MeshConfig, Shape]]:
+    """Single changes that may need less memory: in words, and what is forecast then."""
+    llm, mesh, replace = experiment.model.llm, found.mesh, dataclasses.replace
+
+    def of_llm(**new: Any) -> Experiment:
+        return replace(experiment, model=replace(experiment.model, llm=replace(llm, **new)))
+
+    if training and not llm.remat:
+        yield "--config.model.llm.remat=True", of_llm(remat=True), topology, mesh, shape
+    elif training and llm.remat_keeps != "nothing":
+        keeps = "--config.model.llm.remat_keeps=nothing"
+        yield keeps, of_llm(remat_keeps="nothing"), topology, mesh, shape
+    if mesh.fsdp % 2 == 0:
+        longer = replace(mesh, fsdp=mesh.fsdp // 2, sequence=2 * mesh.sequence)
+        words = f"--config.mesh.fsdp={longer.fsdp} --config.mesh.sequence={longer.sequence}"
+        yield words, experiment, topology, longer, shape
+    if found.strategy == "gather":
+        yield "--config.mesh.context=ring", experiment, topology, replace(mesh, context="ring"), shape
+    fitted, best = recommend(experiment, topology, shape) if training else (experiment, mesh)
+    if (best.fsdp, best.sequence, fitted.optim.accumulate) != (mesh.fsdp, mesh.sequence, experiment.optim.accumulate):
+        words = f"--config.mesh.fsdp={best.fsdp} --config.mesh.sequence={best.sequence} --config.optim.accumulate="
+        yield f"{words}{fitted.optim.accumulate}", fitted, topology, best, shape
+    parts = shape.rows // (mesh.slices * mesh.data * mesh.fsdp)
+    if training and parts > experiment.optim.accumulate:  # one row a device at a time
+        split = replace(experiment, optim=replace(experiment.optim, accumulate=parts))
+        yield f"--config.optim.accumulate={parts}", split, topology, mesh, shape
+    if shape.tokens >= 8192:
+        less = replace(shape, tokens=shape.tokens // 2, clips=shape.clips // 2)
+        yield f"rows of {less.tokens:,} tokens", experiment, topology, mesh, less
+    twice = replace(topology, shape=(*topology.shape[:-1], 2 * topology.shape[-1]))
+    for axis in ("fsdp", "sequence"):
+        wider = replace(mesh, **{axis: 2 * getattr(mesh, axis)})
+        if axis == "sequence" or shape.rows % (2 * mesh.slices * mesh.data * mesh.fsdp) == 0:
+            yield f"--topology={twice.name} with mesh.{axis}={getattr(wider, axis)}", experiment, twice, wider, shape

@@ -7,7 +7,9 @@ the real compiler says of the real step. Exit code 2 when it does not fit.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +30,9 @@ OWN = {
     "write": str,
 }
 
+KNOWN = f"known are --config, --config.KEY and {', '.join(f'--{name}' for name in OWN)}"
+NO_TEXT = "  what is sent: unknown, this jaxlib cannot print what this compiler made; other versions of the two may"
+
 
 def main(argv: Sequence[str]) -> int:
     """Print the plan.
@@ -47,7 +52,15 @@ def main(argv: Sequence[str]) -> int:
     experiment = config.from_flags(rest)
     shape = f.shape_of(experiment, own)
     parts = 1 if own.get("prefill") else min(experiment.optim.accumulate, shape.rows)
-    experiment = dataclasses.replace(experiment, optim=dataclasses.replace(experiment.optim, accumulate=parts))
+    if shape.rows % parts:
+        raise ValueError(
+            f"{shape.rows} rows do not divide into optim.accumulate={parts} parts; add --config.optim.accumulate=1, or "
+            f"give a multiple of {parts} rows"
+        )
+    experiment = dataclasses.replace(
+        experiment, optim=dataclasses.replace(experiment.optim, accumulate=parts),
+        data=dataclasses.replace(experiment.data, batch_size=shape.rows),
+    )  # fmt: skip
     given = any(a.startswith("--config.mesh.") and not a.startswith("--config.mesh.context") for a in rest)
     micro = dataclasses.replace(shape, rows=max(1, shape.rows // parts))
     chosen = (
@@ -63,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
         report |= {"compiled": _compiled(experiment, topology, mesh, shape, bool(own.get("prefill")))}
     print(json.dumps(report, indent=1) if own.get("json") else "\n".join(lines(report)))
     peak = report["compiled"]["peak_gib"] * 2**30 if own.get("compile") else None
-    f.check_memory(found, topology, experiment, peak)
+    f.check_memory(found, topology, experiment, shape, peak=peak, training=not own.get("prefill"))
     return 0
 
 
@@ -88,6 +101,9 @@ def _flags(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     for word in words:
         name, has, value = word.replace("--config.data.max_tokens", "--tokens").removeprefix("--").partition("=")
         if name not in OWN:
+            near = difflib.get_close_matches(name, OWN, n=1)
+            if not name.startswith("config") and word.startswith("--"):
+                raise ValueError(f"unknown flag --{name}; " + (f"did you mean --{near[0]}?" if near else KNOWN))
             rest.append(word)
             continue
         kind = OWN[name]
@@ -114,7 +130,7 @@ def check_shape(experiment: Any, mesh: Any, shape: Any) -> None:
     if llm.num_heads % mesh.tensor or llm.num_kv_heads % mesh.tensor:
         raise ValueError(
             f"{llm.num_heads} heads and {llm.num_kv_heads} key/value heads cannot be split over "
-            f"mesh.tensor={mesh.tensor}"
+            f"mesh.tensor={mesh.tensor}; use a divisor of {math.gcd(llm.num_heads, llm.num_kv_heads)}"
         )
     share, micro = mesh.slices * mesh.data * mesh.fsdp, shape.rows // experiment.optim.accumulate
     if shape.rows % experiment.optim.accumulate or micro % share:
@@ -156,12 +172,12 @@ def describe(experiment: Any, topology: Topology, shape: Any, found: Any) -> dic
 def lines(report: dict[str, Any]) -> list[str]:
     """The report as text."""
     mesh = " x ".join(f"{name} {n}" for name, n in report["mesh"].items() if n > 1) or "one device"
+    rows = "one row" if report["rows"] == 1 else f"{report['rows']} rows"
     out = [
-        f"{report['model']}, {report['stage']}: {report['rows']} rows of {report['tokens']:,} tokens, "
-        f"{report['clips']:,} clips each",
+        f"{report['model']}, {report['stage']}: {rows} of {report['tokens']:,} tokens, {report['clips']:,} clips each",
         f"{report['chips']} chips ({report['topology']}), mesh {mesh}, attention over devices: {report['attention']}",
         "",
-        *(f"  {name:32} {size:8.2f} GiB" for name, size in report["memory_gib"].items()),
+        *(f"  {name:32} {size:8.2f} GiB" for name, size in report["memory_gib"].items() if size),
         f"  {'a chip, forecast':32} {report['peak_gib']:8.2f} GiB of {report['hbm_gib']}",
         "",
         f"  {report['step_s']:.2f} s a step ({report['exposed_s']:.2f} s of it travel that nothing hides), "
@@ -179,8 +195,9 @@ def lines(report: dict[str, Any]) -> list[str]:
             f"  {'temporary':32} {found['temporary_gib']:8.2f} GiB",
             *(
                 f"  {kind:32} {n:5} of {size / 2**20:9.1f} MiB in all"
-                for kind, (n, size) in found["collectives"].items()
+                for kind, (n, size) in (found["collectives"] or {}).items()
             ),
+            *([] if found["collectives"] else [NO_TEXT] if found["collectives"] is None else ["  nothing is sent"]),
         ]  # fmt: skip
     return out
 

@@ -19,13 +19,22 @@ from hico_jax.plan.chips import Topology
 from hico_jax.plan.forecast import USABLE, Forecast, Shape, choose_mesh, forecast, recommend, shape_of
 
 STAGES = {
-    "1 align": ("configs.stage1_align", ("umt_qwen2_7b", "umt_hd_qwen2_5_1_5b")),
-    "2 pre-train": ("configs.stage2_pretrain", ("umt_qwen2_7b", "umt_hd_qwen2_5_1_5b", "umt_qwen2_5_7b_1m")),
-    "3 instruct": ("configs.stage3_sft", ("umt_qwen2_7b", "umt_hd_qwen2_5_1_5b", "umt_qwen2_5_7b_1m")),
+    "1 align": ("configs.stage1_align", ("umt_qwen2_7b", "umt_hd_qwen2_5_1_5b", "internvideo2_qwen2_5_7b")),
+    "2 pre-train": (
+        "configs.stage2_pretrain",
+        ("umt_qwen2_7b", "umt_hd_qwen2_5_1_5b", "umt_qwen2_5_7b_1m", "internvideo2_qwen2_5_7b"),
+    ),
+    "3 instruct": (
+        "configs.stage3_sft",
+        (
+            "umt_qwen2_7b", "umt_hd_qwen2_5_1_5b", "umt_qwen2_5_7b_1m", "internvideo2_qwen2_5_7b", "internvl_hico_r16",
+            "internvl_hico_r64",
+        ),
+    ),
     "4 high resolution": ("configs.stage4_highres", ("umt_hd_qwen2_7b",)),
-}
+}  # fmt: skip
 SLICES = ("v5e:4x8", "v5e:8x8", "v5p:2x2x4", "v5p:4x4x4", "v6e:4x4", "v6e:8x8")
-RECOMMENDED = ("v5p:2x2x4", "v6e:4x4")  # the smallest slices that every stage fits
+RECOMMENDED = ("v5p:2x2x4", "v6e:4x4")  # the smallest that every stage fits; of v6e the InternVL models need 8x8
 LONG = (  # topology, tokens of one row, what a recomputed layer keeps
     ("v5p:4x4x4", 1 << 20, "nothing"),
     ("v5p:4x4x4", 1 << 20, "attention"),

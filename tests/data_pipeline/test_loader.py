@@ -235,11 +235,11 @@ def test_the_cache_saves_reading_twice(data, small, monkeypatch):
 
 def test_the_cache_is_bounded():
     row = loaders.layout.row([1] * 100_000, None, [], dataclasses.replace(GEOMETRY, max_length=1 << 20))
-    cache = loaders._Cache(1_000_000)
+    cache = loaders.Cache(1_000_000)
     for i in range(5):  # 400 kB each
         cache.put(i, row)
     assert [cache.get(i) is not None for i in range(5)] == [False, False, False, True, True]
-    assert loaders._Cache(0).get(0) is None
+    assert loaders.Cache(0).get(0) is None
 
 
 def test_evicting_decoded_media_changes_no_batch(data, small):
@@ -247,7 +247,7 @@ def test_evicting_decoded_media_changes_no_batch(data, small):
     made = config(data, num_epochs=3, cache_mb=64)
     whole = make_loader(made, GEOMETRY, small)
     tight = make_loader(made, GEOMETRY, small)
-    tight.plan._cache = loaders._Cache(8_000)
+    tight.plan._cache = loaders.Cache(8_000)
     assert all(same(a.batch, b.batch) and a.info == b.info for a, b in zip(whole, tight, strict=True))
     assert 0 < len(tight.plan._cache._rows) < len(whole.plan._cache._rows)
 

@@ -78,6 +78,7 @@ def edited(experiment: Experiment, path: str, value: Any) -> dict[str, Any]:
         ("model.vision.arch", "vit", "vision.arch is 'vit'; it must be one of umt"),
         ("model.llm", 3, "model.llm is 3"),
         ("data.length_buckets", [1, "a"], r"data.length_buckets\[1\] is 'a'; it must be int"),
+        ("mesh.tensor", 4, "4 heads and 2 key/value heads cannot be split over mesh.tensor=4; use a divisor of 2"),
         ("optim.accumulate", 3, "data.batch_size is 4 but optim.accumulate is 3"),
         ("checkpoint.keep", 0, "checkpoint.every is 1000 and keep is 0"),
     ],

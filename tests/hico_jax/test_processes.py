@@ -5,11 +5,18 @@ Training: benchmarks/elastic.py.
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.tokenizer import train_bpe
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CHILD = """
@@ -81,3 +88,53 @@ def test_two_processes_read_their_rows_and_restore_the_newest_sound_checkpoint(t
     for process in started:
         said = process.communicate(timeout=240)[1]
         assert process.returncode == 0, said[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_train_on_films_of_which_each_decodes_half(tmp_path: pathlib.Path) -> None:
+    """Losses are those of one process with both devices; a film whose end cannot be read is masked on both."""
+    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "ball"}]
+    for i in range(4):
+        (tmp_path / f"f{i}").mkdir()
+        for frame in range(16):
+            Image.new("RGB", (8, 8), (10 * frame, 50 * i, 200)).save(tmp_path / f"f{i}" / f"{frame:02}.png")
+    films = [{"id": f"f{i}", "video": f"f{i}", "conversations": talk} for i in range(4)]
+    (tmp_path / "all.json").write_text(json.dumps(films))
+    train_bpe(["What is seen? The video lasts for seconds."] * 4, 300).save(tmp_path / "words")
+    flags = {
+        "data.annotations": tmp_path / "all.json", "data.data_root": tmp_path, "data.tokenizer": tmp_path / "words",
+        "data.batch_size": 2, "data.min_frames": 16, "data.max_frames": 16, "data.length_step": 64,
+        "data.max_bad_fraction": 1.0, "mesh.sequence": 2, "mesh.fsdp": 1, "train.steps": 4,
+        "checkpoint.every": 100, "train.num_samples": 0,
+    }  # fmt: skip
+
+    def losses(name: str, processes: int) -> list[tuple[float, float]]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        shared = os.environ | {
+            "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(2 // processes),
+            "HICO_PROCESSES": str(processes), "HICO_COORDINATOR": f"localhost:{port}",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "hico_jax", "train", "--config=configs/debug_tiny.py"]
+        command += [f"--config.{k}={v}" for k, v in (flags | {"workdir": tmp_path / name}).items()]
+        command += ["--config.train.distributed=True"] if processes > 1 else []
+        started = [
+            subprocess.Popen(
+                command, env=shared | {"HICO_PROCESS": str(i)}, cwd=ROOT, stderr=subprocess.PIPE, text=True
+            )
+            for i in range(processes)
+        ]
+        for process in started:
+            said = process.communicate(timeout=400)[1]
+            assert process.returncode == 0, said[-3000:]
+        written = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [(line["loss"], line["bad"]) for line in map(json.loads, written) if "loss" in line]
+
+    np.testing.assert_allclose(losses("two", 2), losses("one", 1), rtol=1e-5)
+    for frame in (14, 15):
+        (tmp_path / "f3" / f"{frame:02}.png").write_bytes(b"not a picture")
+    hurt, alone = losses("two hurt", 2), losses("one hurt", 1)
+    assert [bad for _, bad in hurt][-1] == 2  # once in each of two epochs
+    np.testing.assert_allclose(hurt, alone, rtol=1e-5)

@@ -164,3 +164,30 @@ def test_the_language_model_alone():
     assert (alone["model_type"], alone["rope_theta"], alone["rms_norm_eps"]) == ("qwen2", 1e7, 1e-5)
     base = registry.model_config("umt_qwen2_7b")
     assert hf_config.language_config(alone, base).llm == registry.model_config("umt_qwen2_5_7b_1m").llm
+
+
+@pytest.mark.parametrize("keeps", ["nothing", "offload"])
+def test_how_a_run_saved_memory_is_no_part_of_a_model(keeps):
+    config = registry.model_config("tiny")
+    trained = dataclasses.replace(config, llm=dataclasses.replace(config.llm, remat=True, remat_keeps=keeps))
+    out = hf_config.to_raw(trained)
+    assert out == hf_config.to_raw(config)
+    assert hf_config.to_raw(trained, out) == out
+    off = dataclasses.replace(config, drop=DropSchedule("none", (1,), (1.0, 0.5), shares=4))
+    assert hf_config.to_raw(off) == out
+
+
+def test_shares_of_dropping_are_carried_and_the_reference_passes_over_them():
+    config = dataclasses.replace(registry.model_config("tiny"), drop=DropSchedule("attention", (1,), (1.0, 0.5)))
+    shared = dataclasses.replace(config, drop=dataclasses.replace(config.drop, shares=8))
+    plain, out = hf_config.to_raw(config), hf_config.to_raw(shared)
+    assert out["hico_jax"].pop("drop_shares") == 8
+    assert out == plain
+    assert hf_config.from_raw(hf_config.to_raw(shared)).drop == shared.drop
+    assert hf_config.to_raw(shared, hf_config.to_raw(shared)) == hf_config.to_raw(shared)
+
+
+def test_what_config_json_cannot_say_is_named():
+    config = dataclasses.replace(registry.model_config("tiny"), projector="norm_mlp")
+    with pytest.raises(ValueError, match=r"cannot say projector='norm_mlp'; such a model has no PyTorch twin"):
+        hf_config.to_raw(config)

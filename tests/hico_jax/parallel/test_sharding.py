@@ -12,7 +12,18 @@ from jax.sharding import PartitionSpec as P
 from hico_jax import registry
 from hico_jax.batch import Batch
 from hico_jax.parallel.mesh import MeshConfig, make_mesh
-from hico_jax.parallel.sharding import RULES, batch_shardings, put, row_shares, rows_of, shard, shardings, spec
+from hico_jax.parallel.sharding import (
+    RULES,
+    ClipShare,
+    batch_shardings,
+    clip_share,
+    put,
+    row_shares,
+    rows_of,
+    shard,
+    shardings,
+    spec,
+)  # fmt: skip
 
 SIZES = {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
 
@@ -112,3 +123,20 @@ def test_rows_are_put_where_the_mesh_wants_them() -> None:
     np.testing.assert_array_equal(found["tokens"], batch["tokens"])
     assert found["tokens"].sharding.spec == P(("fsdp",), ("sequence",))
     assert found["clips"].shape == batch["clips"].shape
+
+
+@pytest.mark.parametrize("count", [16, 12, 6, 7])
+@pytest.mark.parametrize(("sequence", "tensor"), [(8, 1), (4, 2), (2, 4), (1, 8)])
+def test_a_process_decodes_the_clips_of_its_devices(count: int, sequence: int, tensor: int) -> None:
+    mesh = make_mesh(MeshConfig(1, 1, sequence, tensor))
+    where = batch_shardings({"clips": jax.ShapeDtypeStruct((1, count, 4, 8, 8, 3), np.uint8)}, mesh)["clips"]
+    parts = where.devices_indices_map((1, count, 4, 8, 8, 3))
+    places = np.array([d.id for d in mesh.devices.flat]).reshape(sequence, tensor)
+    for mine in ({0, 1, 2, 3}, {2, 5}):
+        expected = np.zeros(count, bool)
+        for device, index in parts.items():
+            if device.id in mine:
+                expected[index[1]] = True
+        share = ClipShare((sequence, tensor), tuple(map(tuple, np.argwhere(np.isin(places, list(mine))).tolist())))
+        np.testing.assert_array_equal(share(count), expected)
+    assert clip_share(mesh) is None  # one process has all of them

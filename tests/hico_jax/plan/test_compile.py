@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 
 import pytest
 from jax.experimental import topologies
@@ -34,7 +35,6 @@ def test_what_the_compiler_complains_of(words: str, says: str, monkeypatch: pyte
         raise RuntimeError(words)
 
     monkeypatch.setattr(topologies, "get_topology_desc", fail)
-    monkeypatch.setattr(c, "_ask_for_programs", lambda: None)
     with pytest.raises(ValueError, match=says):
         c.devices_of("v5e:2x2")
 
@@ -110,3 +110,15 @@ def test_what_a_million_tokens_send() -> None:
     inside = program.within(found.text, "clips")
     assert inside
     assert not {"sort", "scatter", "gather", *COLLECTIVES} & set(inside), inside
+
+
+def test_a_program_comes_from_the_compilers_file_else_from_jaxlib_else_not(tmp_path: pathlib.Path) -> None:
+    class Made:
+        def as_text(self) -> str:
+            return "of jaxlib"
+
+    assert c._program(Made(), str(tmp_path)) == "of jaxlib"
+    assert c._program(None, str(tmp_path)) == ""
+    (tmp_path / "module_0007.jit_train_step.cl_1.after_optimizations.txt").write_text("of the compiler")
+    (tmp_path / "module_0007.jit_train_step.cl_1.after_codegen.txt").write_text("another")
+    assert c._program(Made(), str(tmp_path)) == "of the compiler"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
@@ -56,9 +57,27 @@ def test_meshes() -> None:
 def test_too_little_memory_says_by_how_much_and_what_would_help() -> None:
     small = Topology.parse("v5e:2x2")
     found = forecast(ONCE, small, choose_mesh(MILLION, small), MILLION)
-    with pytest.raises(
-        ValueError,
-        match=r"needs \d+\.\d GiB a chip but v5e has 15\.2 GiB to use, \d+\.\d GiB too few; .*remat_keeps=nothing",
-    ):
-        check_memory(found, small, ONCE)
-    check_memory(found, small, ONCE, peak=1.0)
+    says = r"needs (\d+\.\d) GiB a chip but v5e has 15\.2 GiB to use, \d+\.\d GiB too few; .*remat_keeps=nothing \("
+    with pytest.raises(ValueError, match=says) as told:
+        check_memory(found, small, ONCE, MILLION)
+    need, *then = (float(n) for n in re.findall(r"(\d+\.\d) GiB(?= a chip|\))", str(told.value)))
+    assert len(then) == 3
+    assert then == sorted(then)
+    assert then[-1] < need
+    check_memory(found, small, ONCE, MILLION, peak=1.0)
+    with pytest.raises(ValueError, match=r"the prefill needs .* --topology=v5e:2x4 with mesh.sequence=8"):
+        check_memory(found, small, ONCE, MILLION, training=False)
+
+
+@pytest.mark.parametrize(
+    ("topology", "rows", "tokens", "says"),
+    [
+        ("v5e:4x4", 256, 32_768, "--config.mesh.fsdp=1 --config.mesh.sequence=16 --config.optim.accumulate=256 ("),
+        ("h100:8", 256, 32_768, "--config.optim.accumulate=32"),
+    ],
+)
+def test_what_would_help_is_forecast(topology: str, rows: int, tokens: int, says: str) -> None:
+    place, shape = Topology.parse(topology), Shape(rows, tokens, 128)
+    found = forecast(ONCE, place, choose_mesh(shape, place), shape)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        check_memory(found, place, ONCE, shape)

@@ -40,7 +40,7 @@ def test_only_rows_without_a_record_are_compiled(tmp_path: pathlib.Path, monkeyp
     assert len(seen) == 4
     table.compile_all(records, only="one row | umt_qwen2_7b | v")
     assert len(seen) == 5
-    table.compile_all(records, only="v6e:4x4 | 1 x 16", again=True)
+    table.compile_all(records, only="one row | umt_qwen2_7b | v6e:4x4 | 1 x 16", again=True)
     assert len(seen) == 6
     assert set(table.records(records)) == set(seen)
 
