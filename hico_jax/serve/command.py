@@ -25,6 +25,7 @@ from hico_jax.serve.decoder import Decoder, Limits, MediaError
 from hico_jax.serve.engine import Engine
 from hico_jax.serve.pool import PIECE
 
+RATE = 600  # requests a minute of one key where others can reach the server
 MISSING = "`hico serve` needs more packages: pip install -e '.[serve]' in a checkout, or starlette, uvicorn and so on"
 
 
@@ -71,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
     options = app.Options(
         name=args.name or pathlib.Path(folder).name, api_keys=keys, max_new_tokens=args.max_new_tokens,
         request_s=args.request_seconds, hosts=names(args.host, args.host_name),
-        fetch=fetching,
+        rate=args.rate if args.rate is not None else 0 if app.local(args.host) else RATE, fetch=fetching,
     )  # fmt: skip
     server = app.Server(model, engine, store, options)
     print(confinement(store.decoder), file=sys.stderr, flush=True)

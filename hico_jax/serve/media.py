@@ -160,11 +160,15 @@ class Store:
 
     # --- what the model sees -----------------------------------------------------------------------------------------
 
-    def see(self, item: Item, *, start: float | None = None, end: float | None = None, single: bool = True) -> Media:
+    def see(
+        self, item: Item, *, start: float | None = None, end: float | None = None, single: bool = True,
+        patience_s: float | None = None,
+    ) -> Media:  # fmt: skip
         """A film or picture on the device, encoded once however many ask for it. Call it from a thread that may wait.
 
         Raises:
           MediaError: it cannot be read, or exceeds a limit.
+          TimeoutError: its turn did not come within `patience_s`.
         """
         key = (item.id, start, end, single if item.kind == "image" else True)
         with self.lock:
@@ -174,10 +178,14 @@ class Store:
             mine = key not in self.under_way
             future = self.under_way.setdefault(key, concurrent.futures.Future())
         if not mine:
-            return future.result()
+            return future.result(patience_s)
         try:
-            with self.readers:
+            if not self.readers.acquire(timeout=patience_s):
+                raise TimeoutError(f"no reader was free for {patience_s:g} s")
+            try:
                 seen = self._picture(item, single) if item.kind == "image" else self._film(item, start, end)
+            finally:
+                self.readers.release()
             future.set_result(seen)
         except BaseException as error:
             future.set_exception(error)

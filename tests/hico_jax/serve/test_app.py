@@ -283,6 +283,64 @@ def test_who_hangs_up_is_not_answered_further(served: Served) -> None:
     assert served.engine.idle
 
 
+def test_who_asks_too_often_is_told_when_to_come_back(make_model: Callable[..., Model], tmp_path: pathlib.Path) -> None:
+    """Each key has a rate of its own; wrong keys count against the address; health is never refused."""
+    served = Served(make_model(), tmp_path, api_keys=("one", "two"), rate=20)  # two at once
+    try:
+        for key in ("one", "two"):
+            client = served.client(key)
+            client.models.list()
+            client.models.list()
+            with pytest.raises(openai.RateLimitError, match="more than 20 requests a minute") as error:
+                client.models.list()
+            assert error.value.response.headers["retry-after"] == "3"
+            assert error.value.code == "rate_limit_exceeded"
+        kinds = [openai.AuthenticationError, openai.AuthenticationError, openai.RateLimitError]
+        for kind in kinds:
+            with pytest.raises(kind):
+                served.client("guess").models.list()
+        for _ in range(5):
+            assert b"200 OK" in served.raw(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+    finally:
+        served.close()
+
+
+def test_what_takes_too_long_is_a_504(
+    make_model: Callable[..., Model], films: list[pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    """Whether the device, a film or a turn at the readers keeps it waiting; streamed, the error is the last event."""
+    served = Served(make_model(), tmp_path, request_s=0.4)
+    hello: list[Any] = [{"role": "user", "content": "Hello?"}]
+    try:
+        client = served.client()
+        for stream in (False, True):
+            held = served.engine.call(lambda: time.sleep(1.0))
+            with pytest.raises(openai.APIError, match="no end came within the time allowed") as error:
+                list(client.chat.completions.create(model="tiny", messages=hello, max_tokens=4, stream=stream))
+            assert stream or isinstance(error.value, openai.InternalServerError)
+            assert stream or error.value.status_code == 504  # type: ignore[attr-defined]
+            held.result(10)
+        sent = client.files.create(file=films[0], purpose="vision")
+        for _ in range(2):
+            served.store.readers.acquire()  # as if two long films were being read
+        began = time.monotonic()
+        with pytest.raises(openai.InternalServerError, match=r"the media were not read within 0\.4 s") as late:
+            client.chat.completions.create(model="tiny", messages=video(sent.id))
+        assert late.value.status_code == 504
+        head = f"GET /v1/files/{sent.id}/timeline HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+        assert b" 504 " in served.raw(head.encode())
+        assert time.monotonic() - began < 3
+        for _ in range(100):  # nobody goes on waiting for a reader
+            if not served.store.under_way:
+                break
+            time.sleep(0.02)
+        assert not served.store.under_way
+        served.store.readers.release(2)
+        assert served.engine.idle
+    finally:
+        served.close()
+
+
 @pytest.mark.parametrize(
     ("host", "ours"), [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False)]
 )
