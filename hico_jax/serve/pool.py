@@ -303,7 +303,8 @@ class Pool:
         lengths = np.stack([self.lanes[i].lengths for i in order], 1).astype(np.int32)
         said, self.state, self.seen = _step(
             self.model.llm, self.state, self.seen, np.array(pick(tokens, 0), np.int32), np.array(order, np.int32),
-            lengths, knobs, everyone=everyone, sampled=any(c.do_sample for c in configs), top=top,
+            lengths, knobs, seen_to=self._reach(max(int(lane.lengths[0]) for lane in rows)), everyone=everyone,
+            sampled=any(c.do_sample for c in configs), top=top,
         )  # fmt: skip
         for lane, token in zip(rows, tokens, strict=True):
             lane.lengths += 1
@@ -311,6 +312,19 @@ class Pool:
                 lane.held = _grown(lane.held, token)
         found = [order.index(lane.index) for lane in rows]
         return jax.tree.map(lambda a: np.asarray(a)[found], said)
+
+    def _reach(self, length: int) -> int | None:
+        """How far a step reads lanes of this length, in a few sizes; all of a lane where kernels skip what is empty."""
+        if jax.default_backend() != "cpu":
+            return None
+        size = 2 * self.piece
+        while size <= length:
+            size *= 4
+        return size if size < self.capacity else None
+
+    def _lengths(self) -> list[int]:
+        """One length of each size that `_reach` knows."""
+        return [0, *(size for i in range(16) if (size := 2 * self.piece << 2 * i) < self.capacity)]
 
     def warm(self, prompt: Prompt) -> None:
         """Compile what greedy answers need, with a short prompt, while nobody waits."""
@@ -324,7 +338,9 @@ class Pool:
                     self._piece(self.lanes[0], group, at, 1, at + 1, blank)
         self.first(self.lanes[0], ready, config)
         for number in sorted({min(len(self.lanes), 1 << i) for i in range(len(self.lanes).bit_length() + 1)}):
-            self.step(self.lanes[:number], [0] * number, [config] * number, [1] * number)
+            for length in self._lengths():
+                self.lanes[0].lengths[:] = np.minimum(length, self.places)
+                self.step(self.lanes[:number], [0] * number, [config] * number, [1] * number)
         for lane in self.lanes:
             lane.held, lane.lengths[:] = None, 0
             self.leave(lane)
@@ -393,12 +409,14 @@ def _first(
     return said, seen.at[lane].set(fresh[0].at[said.ids[0]].set(True))
 
 
-@functools.partial(jax.jit, static_argnames=("everyone", "sampled", "top"), donate_argnames=("state", "seen"))
+@functools.partial(
+    jax.jit, static_argnames=("seen_to", "everyone", "sampled", "top"), donate_argnames=("state", "seen")
+)
 def _step(
     llm: Any, state: device.Lanes, seen: Array, tokens: Array, rows: Array, lengths: Array, knobs: sampling.Knobs, *,
-    everyone: bool, sampled: bool, top: bool,
+    seen_to: int | None, everyone: bool, sampled: bool, top: bool,
 ) -> tuple[sampling.Said, device.Lanes, Array]:  # fmt: skip
     x = llm.embed(tokens[:, None]).astype(state.keys[0].dtype)
-    x, state = llm.step(state, x, None if everyone else rows, lengths)
+    x, state = llm.step(state, x, None if everyone else rows, lengths, seen=seen_to)
     said = sampling.choose(logits_of(llm, x)[:, 0], seen[rows], knobs, sampled=sampled, top=top)
     return said, state, seen.at[rows, said.ids].set(True)
