@@ -113,7 +113,7 @@ class Rig:
         self.server = uvicorn.Server(
             uvicorn.Config(
                 app.Server(model, self.engine, self.store, app.Options(**options)).app(), port=0,
-                log_level="critical", http=Timed, ws="none", lifespan="off",
+                log_level="error", log_config=None, http=Timed, ws="none", lifespan="off",
             )
         )  # fmt: skip
         self.thread = threading.Thread(target=self.server.run, daemon=True)
