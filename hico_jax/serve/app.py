@@ -48,6 +48,7 @@ T = TypeVar("T")
 LETTERS = 16  # of a token on average, at most: longer texts are refused before they are counted
 OPEN = ("/", "/health", "/v1/health")  # no key is asked for
 FREE = (*OPEN, "/metrics")  # and not counted against the rate
+GRACE_S = 0.2  # after the deadline, for the engine to end a request itself
 WATCHING = 32  # requests whose media are read or encoded at a time, those that wait for it included
 
 
@@ -272,11 +273,15 @@ class Server:
         ticket = self.engine.submit(ask, listen)
 
         async def events() -> AsyncIterator[Any]:
-            while True:
-                event = await queue.get()
+            event = None
+            while not isinstance(event, Ended):
+                left = None if ask.deadline is None else max(0.0, ask.deadline + GRACE_S - time.monotonic())
+                try:
+                    event = await asyncio.wait_for(queue.get(), left)
+                except TimeoutError:  # the device is busy with one long program, so the engine cannot say it
+                    ticket.cancel()
+                    event = Ended("deadline", num_tokens=len(ticket.speech.ids), seconds=self.options.request_s)
                 yield event
-                if isinstance(event, Ended):
-                    return
 
         return events(), ticket
 

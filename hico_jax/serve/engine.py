@@ -221,9 +221,6 @@ class Engine:
 
     def round(self) -> None:
         """Do what is due, then prompts, a piece's length in all, and one token of each answer."""
-        for ticket in [*self.waiting, *self.filling, *self.speaking]:
-            if reason := ticket.late():
-                self._end(ticket, reason)
         if self.calls:
             work, future = self.calls.popleft()
             if future.set_running_or_notify_cancel():
@@ -231,6 +228,9 @@ class Engine:
                     future.set_result(work())
                 except BaseException as error:  # it belongs to whoever asked
                     future.set_exception(error)
+        for ticket in [*self.waiting, *self.filling, *self.speaking]:
+            if reason := ticket.late():
+                self._end(ticket, reason)
         self._admit()
         tokens = 0
         while self.filling and tokens < self.pools[0].piece:
