@@ -26,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -120,10 +120,10 @@ def send(port: int, path: str, data: bytes, kind: str) -> tuple[int, bytes]:
 
 def fuzz_server(
     make: Callable[..., tuple[str, bytes, str]], count: int, *, seed: int = 0, at_once: int = 4, seconds: float = 1e9,
-    model: Model | None = None, buckets: tuple[tuple[int, int], ...] = ((4, 512),), only: int | None = None,
+    model: Model | None = None, buckets: tuple[tuple[int, int], ...] = ((4, 512),), only: Sequence[int] = (),
     warm: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Statuses, the slowest answer, and every broken promise. `only` sends the request of that number alone."""
+    """Statuses, the slowest answer, and every broken promise. `only` sends those of these numbers alone."""
     ears, model, end = Ears(), model or tiny(), time.monotonic() + seconds
     logging.getLogger().addHandler(ears)
     statuses: collections.Counter[str] = collections.Counter()
@@ -163,7 +163,7 @@ def fuzz_server(
             with contextlib.suppress(Exception):
                 send(rig.port, *make(sources, np.random.default_rng((seed + 1, i))))
         want = good()
-        numbers = range(count) if only is None else [only]
+        numbers = only or range(count)
         with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
             for at in range(0, len(numbers), step := max(1, count // 10)):
                 list(pool.map(one, numbers[at : at + step]))
@@ -233,7 +233,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1e9, help="of each at most; says how many were sent")
     parser.add_argument("--at-once", type=int, default=4, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--only", type=int, metavar="I", help="one request or body alone, by its number")
+    parser.add_argument(
+        "--only", type=int, nargs="+", default=(), metavar="I", help="requests or bodies of these numbers alone"
+    )
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     out: dict[str, Any] = {}

@@ -118,6 +118,13 @@ def test_the_openai_client_gets_what_ask_says(served: Served, films: list[pathli
     assert told["visual_tokens"] == want.visual_tokens
     assert sum(told["attention"][0]) == pytest.approx(1, abs=1e-3)
 
+    kept = len(served.store.items)
+    again = client.chat.completions.create(model="tiny", messages=video(data_url(films[0])), max_tokens=1)
+    assert len(served.store.items) == kept  # the same bytes: neither read nor run again
+    assert again.usage is not None
+    assert again.usage.prompt_tokens_details is not None
+    assert again.usage.prompt_tokens_details.cached_tokens == want.prompt_tokens - 1
+
     sent = client.files.create(file=films[0], purpose="vision")
     assert sent.filename == "1.mp4"
     chat = model.chat(seen, settings=settings)
