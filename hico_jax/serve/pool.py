@@ -213,13 +213,17 @@ class Pool:
             if look and seen is None:
                 seen = (origins, scores)
             group, number = stage + 1, len(prompt) - prompt.num_visual + prompt.kept[stage]
+            after = self._buffer(group) if stage + 1 < self.schedule.num_stages else None  # what enters the next choice
             for at, count, size in self._sizes(0, number):
                 yield size
                 x = _cut(entering, np.int32(at), size=size)
                 x, trail = self._piece(lane, group, at, count, number, x)
+                if after is not None:
+                    place = np.arange(size, dtype=np.int32)
+                    after = _scatter(after, x, np.where(place < count, at + place, np.int32(NOWHERE)))
             lane.lengths[group] = number
-            if stage + 1 < self.schedule.num_stages:
-                origins = origins[np.asarray(where)[:number]]
+            if after is not None:
+                entering, origins = after, origins[np.asarray(where)[:number]]
         assert x is not None
         lane.held = prompt
         yield Ready(_logits(self.model.llm, x, np.int32(count - 1)), same, self._look(lane, prompt, trail, seen, look))
