@@ -31,7 +31,7 @@ from hico_jax import registry  # noqa: E402
 from hico_jax.batch import DropSchedule  # noqa: E402
 from hico_jax.generate import GenerationConfig  # noqa: E402
 from hico_jax.serve import prompts  # noqa: E402
-from hico_jax.serve.pool import Pool  # noqa: E402
+from hico_jax.serve.pool import Pool, Ready  # noqa: E402
 
 TEXT, QUESTION = 16, 48  # tokens before the film and behind it
 
@@ -72,7 +72,7 @@ def first_token(pool: Pool, prompt: prompts.Prompt, config: GenerationConfig) ->
     lane, reused = pool.best(prompt)
     assert lane is not None
     *_, ready = pool.fill(lane, prompt)
-    assert ready is not None
+    assert isinstance(ready, Ready)
     pool.first(lane, ready, config)
     pool.leave(lane)
     return time.perf_counter() - began, reused

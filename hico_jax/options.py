@@ -258,6 +258,9 @@ def serve_options(parser: argparse.ArgumentParser) -> None:
     )
     limits.add_argument("--read-seconds", metavar="S", type=seconds, default=120.0, help="to read one (%(default)s)")
     limits.add_argument("--request-seconds", metavar="S", type=seconds, default=300.0, help="to answer (%(default)s)")
+    limits.add_argument(
+        "--rate", metavar="N", type=count, help="requests a minute of one key or address (600; on 127.0.0.1 any number)"
+    )
     limits.add_argument("--connections", metavar="N", type=positive, default=256, help="at once (%(default)s)")
     limits.add_argument("--work", metavar="DIR", help="where uploads are kept until it stops (a temporary folder)")
 

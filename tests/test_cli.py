@@ -50,7 +50,7 @@ SURFACE = {
         "--model", "--name", "--host", "--port", "--host-name", "--lanes", "--piece", "--queue", "--drop",
         "--max-frames", "--max-new-tokens", "--quantize", "--dtype",
         "--no-warm", "--allow-host", "--max-upload", "--max-seconds", "--max-source-frames",
-        "--read-seconds", "--request-seconds", "--connections", "--work",
+        "--read-seconds", "--request-seconds", "--rate", "--connections", "--work",
     },
     "plan": set(),
     "world": {"--out", "--preset", "--seed", "--film", "--seconds", "--needle-at"},

@@ -14,10 +14,11 @@ import hmac
 import html
 import importlib.resources
 import ipaddress
+import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import anyio
@@ -40,10 +41,15 @@ from hico_jax.serve.meters import Meters
 from hico_jax.serve.pool import NoRoomError
 from hico_jax.serve.prompts import Media, prompt
 from hico_jax.serve.protocol import ApiError, Chat, Part
+from hico_jax.serve.rates import Rates, neighbourhood
 from hico_jax.serve.replies import Reply, Stream
 
+T = TypeVar("T")
 LETTERS = 16  # of a token on average, at most: longer texts are refused before they are counted
 OPEN = ("/", "/health", "/v1/health")  # no key is asked for
+FREE = (*OPEN, "/metrics")  # and not counted against the rate
+GRACE_S = 0.2  # after the deadline, for the engine to end a request itself
+WATCHING = 32  # requests whose media are read or encoded at a time, those that wait for it included
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Options:
     request_s: float = 300.0  # from arrival to the last token
     max_new_tokens: int = 1024
     max_media: int = 8
+    rate: int = 0  # requests a minute of one key, or of one address where there are no keys; 0: any number
     fetch: Callable[[str], bytes] | None = None  # reads allowed addresses; None: no address is read
 
 
@@ -67,7 +74,8 @@ class Server:
 
     def __init__(self, model: Model, engine: Engine, store: Store, options: Options) -> None:
         self.model, self.engine, self.store, self.options = model, engine, store, options
-        self.meters = Meters(engine)
+        self.meters, self.rates = Meters(engine), Rates(options.rate)
+        self.watching = anyio.CapacityLimiter(WATCHING)  # apart from the threads that read bodies: those stay free
         self.page = (importlib.resources.files("hico_jax.serve") / "page.html").read_text("utf-8")
         self.began = int(time.time())
 
@@ -116,11 +124,21 @@ class Server:
         origin = request.headers.get("origin")
         if origin and request.method != "GET" and urlsplit(origin).netloc != host:
             raise ApiError(403, "a page of another origin may not use this server")
+        who = neighbourhood(request.client.host if request.client else "")
         if options.api_keys and request.url.path not in OPEN:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
             right = [hmac.compare_digest(given.encode(), key.encode()) for key in options.api_keys]
             if scheme.lower() != "bearer" or not any(right):
+                self._count(who)  # so keys cannot be guessed at speed
                 raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+            who = f"key {right.index(True)}"
+        if request.url.path not in FREE:
+            self._count(who)
+
+    def _count(self, who: str) -> None:
+        if seconds := self.rates.wait(who):
+            text = f"more than {self.options.rate} requests a minute; try again in {seconds:.1f} s"
+            raise ApiError(429, text, code="rate_limit_exceeded", retry_s=seconds)
 
     def owner(self, request: Request) -> str:
         """Whose media and lanes a request may use."""
@@ -203,7 +221,7 @@ class Server:
     async def timeline(self, request: Request) -> Response:
         """Which frames of an uploaded video are seen; reads and encodes it if nobody has yet."""
         item = self._item(request, request.path_params["id"])
-        seen = await self._see(item, Part("file", item.id), True)
+        seen = await self._in_time(self._see(item, Part("file", item.id), True), self.options.request_s)
         if not isinstance(seen, Film):
             return JSONResponse({"object": "timeline", "frames": 1, "times": [0.0], "duration_s": 0.0})
         return JSONResponse({"object": "timeline", **_timeline(seen, self.model.geometry.frames_per_clip)})
@@ -221,11 +239,7 @@ class Server:
         )  # fmt: skip
         if chat.model not in ("", self.options.name):
             raise self._no_model(chat.model)
-        seconds = max(0.0, deadline - time.monotonic())
-        try:
-            turns = await asyncio.wait_for(self._turns(request, chat), seconds)
-        except TimeoutError:
-            raise ApiError(504, f"the media were not read within {self.options.request_s:g} s") from None
+        turns = await self._in_time(self._turns(request, chat), max(0.0, deadline - time.monotonic()))
         try:
             row, media = await anyio.to_thread.run_sync(lambda: self.model.row(turns))
             ask = Ask(
@@ -259,11 +273,15 @@ class Server:
         ticket = self.engine.submit(ask, listen)
 
         async def events() -> AsyncIterator[Any]:
-            while True:
-                event = await queue.get()
+            event = None
+            while not isinstance(event, Ended):
+                left = None if ask.deadline is None else max(0.0, ask.deadline + GRACE_S - time.monotonic())
+                try:
+                    event = await asyncio.wait_for(queue.get(), left)
+                except TimeoutError:  # the device is busy with one long program, so the engine cannot say it
+                    ticket.cancel()
+                    event = Ended("deadline", num_tokens=len(ticket.speech.ids), seconds=self.options.request_s)
                 yield event
-                if isinstance(event, Ended):
-                    return
 
         return events(), ticket
 
@@ -281,6 +299,12 @@ class Server:
         finally:
             watcher.cancel()
             ticket.cancel()
+
+    async def _in_time(self, work: Coroutine[Any, Any, T], seconds: float) -> T:
+        try:
+            return await asyncio.wait_for(work, seconds)
+        except TimeoutError:
+            raise ApiError(504, f"the media were not read within {self.options.request_s:g} s") from None
 
     async def _turns(self, request: Request, chat: Chat) -> list[dict[str, Any]]:
         """Messages with what they show, on the device."""
@@ -323,14 +347,16 @@ class Server:
                 work = lambda: self.store.put(fetch(url), owner, url.rsplit("/", 1)[-1][:100])
             else:
                 raise ApiError(400, "a URL must begin with data:, https:, or be the id of an upload", param="messages")
-            return await anyio.to_thread.run_sync(work, abandon_on_cancel=True)
+            return await anyio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self.watching)
         except MediaError as error:
             raise ApiError(400, str(error), param="messages") from None
 
     async def _see(self, item: Item, part: Part, single: bool) -> Media:
         try:
-            work = lambda: self.store.see(item, start=part.start, end=part.end, single=single)
-            return await anyio.to_thread.run_sync(work, abandon_on_cancel=True)
+            work = lambda: self.store.see(
+                item, start=part.start, end=part.end, single=single, patience_s=self.options.request_s
+            )
+            return await anyio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self.watching)
         except MediaError as error:
             raise ApiError(
                 400, f"{item.name}: {error}" if item.name != "data" else str(error), param="messages"
@@ -368,7 +394,7 @@ def _timeline(seen: Film, frames_per_clip: int) -> dict[str, Any]:
 
 
 def _error(error: ApiError) -> Response:
-    headers = {"retry-after": "1"} if error.status == 429 else {}
+    headers = {"retry-after": str(max(1, math.ceil(error.retry_s)))} if error.status == 429 else {}
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 

@@ -21,9 +21,11 @@ import numpy as np
 
 from hico_jax import api, ask
 from hico_jax.api import Model
+from hico_jax.serve.decoder import Decoder, Limits, MediaError
 from hico_jax.serve.engine import Engine
 from hico_jax.serve.pool import PIECE
 
+RATE = 600  # requests a minute of one key where others can reach the server
 MISSING = "`hico serve` needs more packages: pip install -e '.[serve]' in a checkout, or starlette, uvicorn and so on"
 
 
@@ -37,7 +39,6 @@ def main(args: argparse.Namespace) -> int:
         import uvicorn
 
         from hico_jax.serve import app, fetch, media
-        from hico_jax.serve.decoder import Limits
         from hico_jax.serve.timed import protocol
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed; {MISSING}") from error
@@ -71,9 +72,10 @@ def main(args: argparse.Namespace) -> int:
     options = app.Options(
         name=args.name or pathlib.Path(folder).name, api_keys=keys, max_new_tokens=args.max_new_tokens,
         request_s=args.request_seconds, hosts=names(args.host, args.host_name),
-        fetch=fetching,
+        rate=args.rate if args.rate is not None else 0 if app.local(args.host) else RATE, fetch=fetching,
     )  # fmt: skip
     server = app.Server(model, engine, store, options)
+    print(confinement(store.decoder), file=sys.stderr, flush=True)
     if not args.no_warm:
         print("compiling (--no-warm leaves it to the first requests) ...", file=sys.stderr, flush=True)
         warm(engine, model)
@@ -94,6 +96,20 @@ def main(args: argparse.Namespace) -> int:
         store.close()
         work.cleanup()
     return 0
+
+
+def confinement(decoder: Decoder) -> str:
+    """One line about what the processes that read people's files can reach."""
+    try:
+        held = decoder.confinement()
+    except MediaError:
+        held = ()
+    if held:
+        return f"people's files are read without a network ({', '.join(held)})"
+    return (
+        "warning: this system does not keep the processes that read people's files off the network; "
+        "run the server where it cannot reach what strangers may not"
+    )
 
 
 def _announce(server: Any, seconds: float) -> None:

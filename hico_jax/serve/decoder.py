@@ -1,8 +1,8 @@
 """Strangers' files are read in processes that may take neither more memory nor more time than they were given.
 
-A helper process has everything imported and forks one child for each file. The child gives up the right to write files,
-to more memory and to more processor time, decodes, and streams pixels back; whatever a crafted file does to it ends it
-alone. Nothing here touches a device.
+A helper process has everything imported and forks one child for each file. The child gives up the network, the right
+to write files, more memory and more processor time, decodes, and streams pixels back; whatever a crafted file does to
+it ends it alone. Nothing here touches a device.
 
 In: a path and how to sample. Out: a header, then frames, a chunk at a time.
 Next: hico_jax/serve/media.py
@@ -32,6 +32,7 @@ import numpy as np
 from data_pipeline import decode, video
 from data_pipeline.frames import Sampling
 from data_pipeline.image import read_image
+from hico_jax.serve import confine
 
 HEAD, PIXELS, FAULT = b"H", b"P", b"F"
 _FRAME = struct.Struct(">cI")
@@ -80,6 +81,15 @@ class Decoder:
             os.close(writer)
         with open(reader, "rb", buffering=0) as pipe:
             yield from _messages(pipe, time.monotonic() + limits.seconds + 5)
+
+    def confinement(self) -> tuple[str, ...]:
+        """What keeps reading processes off the network here (names of `confine.py`); none: nothing does.
+
+        Raises:
+          MediaError: a reading process could not even begin.
+        """
+        told, *_ = self.read("", probe=True)
+        return tuple(told["held"])
 
     def _send(self, task: bytes, writer: int) -> None:
         with self.lock:
@@ -184,7 +194,7 @@ def serve(descriptor: int) -> None:
 def _child(task: dict[str, Any], writer: int) -> None:
     limits = Limits(**task.pop("limits"))
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nobody listens any more: end
-    _confine(limits)
+    held = _confine(limits)
     with open(writer, "wb", buffering=0) as pipe:
 
         def say(kind: bytes, data: bytes) -> None:
@@ -193,9 +203,10 @@ def _child(task: dict[str, Any], writer: int) -> None:
             while view:
                 view = view[pipe.write(view) :]
 
-        path = task.pop("path")
+        path, probe = task.pop("path"), task.pop("probe", False)
         try:
-            for item in (_picture if task.pop("picture", False) else _film)(path, limits, **task):
+            read = _picture if task.pop("picture", False) else _film
+            for item in [{"shape": [], "held": held}] if probe else read(path, limits, **task):
                 if isinstance(item, dict):
                     say(HEAD, json.dumps(item).encode())
                 else:
@@ -208,8 +219,8 @@ def _child(task: dict[str, Any], writer: int) -> None:
             say(FAULT, text.encode()[:500])
 
 
-def _confine(limits: Limits) -> None:
-    """No more memory, time or files than allowed; nothing can be written but the pipe."""
+def _confine(limits: Limits) -> tuple[str, ...]:
+    """No more memory, time or files than allowed, no network; nothing can be written but the pipe. What holds of it."""
     with open("/proc/self/statm", encoding="ascii") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
     seconds = max(1, round(limits.seconds))
@@ -225,6 +236,7 @@ def _confine(limits: Limits) -> None:
 
     Image.MAX_IMAGE_PIXELS = limits.pixels
     warnings.simplefilter("error", Image.DecompressionBombWarning)
+    return confine.give_up()
 
 
 def _film(

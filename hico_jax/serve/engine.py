@@ -1,8 +1,8 @@
 """Many people's questions at once: lanes in a few sizes, long prompts in pieces between everybody's next tokens.
 
 One thread owns the device. Every round it ends what was cancelled or is too late, gives free lanes to those who wait,
-runs one piece of one prompt, and one token of every answer that is under way. So a long film holds nobody up for
-longer than a piece takes. Answers are those of `ask`, whoever else is there.
+runs one piece of a long prompt or several short ones, and one token of every answer that is under way. So a long film
+holds nobody up for longer than a piece takes. Answers are those of `ask`, whoever else is there.
 
 In: `Request`s. Out: events to each request's listener, from the engine's thread.
 Next: hico_jax/serve/app.py
@@ -91,7 +91,8 @@ class Ticket:
         self.cancelled = False
         self.pool: Pool | None = None
         self.lane: Lane | None = None
-        self.filling: Iterator[Ready | None] | None = None
+        self.filling: Iterator[int | Ready] | None = None
+        self.due = 0  # tokens that the next piece of its prompt runs; 0 before the first
         self.ended = threading.Event()
 
     def cancel(self) -> None:
@@ -219,10 +220,7 @@ class Engine:
                 time.sleep(0.001)  # every lane is held for something else; look again soon
 
     def round(self) -> None:
-        """Do what is due, then one piece of a prompt and one token of each answer."""
-        for ticket in [*self.waiting, *self.filling, *self.speaking]:
-            if reason := ticket.late():
-                self._end(ticket, reason)
+        """Do what is due, then prompts, a piece's length in all, and one token of each answer."""
         if self.calls:
             work, future = self.calls.popleft()
             if future.set_running_or_notify_cancel():
@@ -230,8 +228,13 @@ class Engine:
                     future.set_result(work())
                 except BaseException as error:  # it belongs to whoever asked
                     future.set_exception(error)
+        for ticket in [*self.waiting, *self.filling, *self.speaking]:
+            if reason := ticket.late():
+                self._end(ticket, reason)
         self._admit()
-        if self.filling:
+        tokens = 0
+        while self.filling and tokens < self.pools[0].piece:
+            tokens += self.filling[0].due
             self._fill(self.filling[0])
         for index, pool in enumerate(self.pools):
             tickets = [t for t in self.speaking if t.pool is pool]
@@ -268,7 +271,7 @@ class Engine:
         return any(t.pool is pool and t.request.prompt.same(prompt) > reuse + pool.piece for t in self.filling)
 
     def _fill(self, ticket: Ticket) -> None:
-        """One piece of the prompt whose turn it is; then it is another's."""
+        """The next piece of a prompt; then it is another's turn."""
         assert ticket.filling is not None
         assert ticket.pool is not None
         index = self.pools.index(ticket.pool)
@@ -276,9 +279,11 @@ class Engine:
         self._guarded(index, [ticket], lambda: self._piece(ticket))
 
     def _piece(self, ticket: Ticket) -> None:
-        ready = next(ticket.filling) if ticket.filling is not None else None
-        self.counts.pieces += 1
-        if ready is None:
+        assert ticket.filling is not None
+        self.counts.pieces += ticket.due > 0
+        ready = next(ticket.filling)
+        if isinstance(ready, int):
+            ticket.due = ready
             return
         request, pool, lane = ticket.request, ticket.pool, ticket.lane
         assert pool is not None

@@ -11,6 +11,7 @@ import binascii
 import collections
 import concurrent.futures
 import dataclasses
+import hashlib
 import os
 import pathlib
 import secrets
@@ -69,6 +70,7 @@ class Store:
         self.limits, self.allowance = limits, allowance
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.items: dict[str, Item] = {}
+        self.same: dict[tuple[str, bytes], Item] = {}  # of bytes sent within a request, by owner and digest
         self.encoded: collections.OrderedDict[tuple[Any, ...], Media] = collections.OrderedDict()
         self.under_way: dict[tuple[Any, ...], concurrent.futures.Future] = {}
         self.lock = threading.RLock()
@@ -109,16 +111,24 @@ class Store:
         return item
 
     def put(self, data: bytes, owner: str, name: str) -> Item:
-        """Take bytes in.
+        """Take bytes in; the same bytes of the same owner once, since a talk sends its film again with every turn.
 
         Raises:
           MediaError: too many, or no video and no picture.
         """
         if len(data) > self.allowance.file_bytes:
             raise MediaError(f"the file has {len(data)} bytes; at most {self.allowance.file_bytes} are taken")
+        key = (owner, hashlib.sha256(data).digest())
+        with self.lock:
+            if (item := self.same.get(key)) is not None:
+                item.used = time.time()
+                return item
         part = self.begin()
         part.write_bytes(data)
-        return self.keep(part, owner, name)
+        item = self.keep(part, owner, name)
+        with self.lock:
+            self.same[key] = item
+        return item
 
     def find(self, id: str, owner: str) -> Item:
         """An item of its owner.
@@ -139,6 +149,8 @@ class Store:
             self.items.pop(item.id, None)
             for key in [k for k in self.encoded if k[0] == item.id]:
                 del self.encoded[key]
+            for known in [k for k, other in self.same.items() if other is item]:
+                del self.same[known]
             item.path.unlink(missing_ok=True)
 
     def _make_room(self) -> None:
@@ -160,11 +172,15 @@ class Store:
 
     # --- what the model sees -----------------------------------------------------------------------------------------
 
-    def see(self, item: Item, *, start: float | None = None, end: float | None = None, single: bool = True) -> Media:
+    def see(
+        self, item: Item, *, start: float | None = None, end: float | None = None, single: bool = True,
+        patience_s: float | None = None,
+    ) -> Media:  # fmt: skip
         """A film or picture on the device, encoded once however many ask for it. Call it from a thread that may wait.
 
         Raises:
           MediaError: it cannot be read, or exceeds a limit.
+          TimeoutError: its turn did not come within `patience_s`.
         """
         key = (item.id, start, end, single if item.kind == "image" else True)
         with self.lock:
@@ -174,10 +190,14 @@ class Store:
             mine = key not in self.under_way
             future = self.under_way.setdefault(key, concurrent.futures.Future())
         if not mine:
-            return future.result()
+            return future.result(patience_s)
         try:
-            with self.readers:
+            if not self.readers.acquire(timeout=patience_s):
+                raise TimeoutError(f"no reader was free for {patience_s:g} s")
+            try:
                 seen = self._picture(item, single) if item.kind == "image" else self._film(item, start, end)
+            finally:
+                self.readers.release()
             future.set_result(seen)
         except BaseException as error:
             future.set_exception(error)

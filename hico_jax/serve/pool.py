@@ -27,7 +27,8 @@ from hico_jax.serve import sampling
 from hico_jax.serve.prompts import Prompt, common
 from hico_jax.shapes import Array, Float, Int, ndarray
 
-PIECE, SMALL = 256, 64  # tokens of a prompt that run at a time; of a short rest
+PIECE = 256  # tokens of a prompt that run at a time
+SMALL, SMALL_CPU = 64, 32  # of a short rest; a CPU's time grows with the tokens from the first one on
 NOWHERE = 2**30  # beyond every buffer
 
 
@@ -74,7 +75,7 @@ class Pool:
     def __init__(self, model: HiCo, *, count: int, capacity: int, piece: int = PIECE, text_room: int = 2048) -> None:
         self.model, self.capacity, self.text_room = model, capacity, min(text_room, capacity)
         self.piece = min(piece, capacity)
-        self.small = min(SMALL, self.piece)
+        self.small = min(SMALL_CPU if jax.default_backend() == "cpu" else SMALL, self.piece)
         self.schedule = model.config.drop
         self.guided = self.schedule.num_stages - self.schedule.num_uniform  # attention-guided stages
         self.edges = device.bounds(self.schedule, model.config.llm.num_layers)
@@ -115,23 +116,33 @@ class Pool:
     def best(self, prompt: Prompt) -> tuple[Lane | None, int]:
         """The free lane to take, and how many tokens of the prompt it holds.
 
-        A busy lane that holds much more of it is copied into the lane unused longest.
+        A lane that the prompt continues is taken as it is. Otherwise one goes whose row is short or also stands in
+        another lane, else the one unused longest; where another lane holds much of the prompt, it is copied there.
         """
         free = self.free()
         if not free:
             return None, 0
         match = {lane.index: self.common(lane, prompt) for lane in self.lanes}
-        lane = max(free, key=lambda one: (match[one.index], -one.used))
         source = max(self.lanes, key=lambda one: match[one.index])
+        near = max(free, key=lambda one: (match[one.index], -one.used))
+        lost = len(near.held.names) - match[near.index] if near.held is not None else 0
+        if lost < self.piece and match[source.index] < match[near.index] + self.piece:
+            return near, match[near.index]
+        lane = min(free, key=lambda one: (self._only_here(one) >= self.piece, one.used))
         if match[source.index] < match[lane.index] + self.piece:
-            if not match[lane.index]:
-                lane = free[0]
             return lane, match[lane.index]
-        lane, held = free[0], source.held
         self.state = _copy(self.state, np.int32(source.index), np.int32(lane.index))
-        lane.held, lane.lengths = held, source.lengths.copy()
+        lane.held, lane.lengths = source.held, source.lengths.copy()
         lane.entering = None if source.entering is None else jnp.copy(source.entering)  # each is written in place
         return lane, match[source.index]
+
+    def _only_here(self, lane: Lane) -> int:
+        """Tokens at the end of a lane's row that no other lane holds: what is lost when it is given away."""
+        held = lane.held
+        if held is None:
+            return 0
+        others = [one.held for one in self.lanes if one is not lane and one.held is not None]
+        return len(held.names) - max((held.same(other) for other in others), default=0)
 
     def common(self, lane: Lane, prompt: Prompt) -> int:
         """How many of a prompt's first tokens need not run in a lane."""
@@ -146,8 +157,8 @@ class Pool:
                 same = min(same, int(ours[count]))
         return same
 
-    def fill(self, lane: Lane, prompt: Prompt, *, look: bool = False) -> Iterator[Ready | None]:
-        """Run a prompt in a lane, a piece at every step; the last step brings what is behind it.
+    def fill(self, lane: Lane, prompt: Prompt, *, look: bool = False) -> Iterator[int | Ready]:
+        """Run a prompt in a lane: says how many tokens the next step will run; the last step brings what is behind it.
 
         Closed before its end it leaves what has run to whoever comes next, where the model drops nothing.
         """
@@ -157,7 +168,7 @@ class Pool:
             if lane.held is None and not self.schedule.num_stages:
                 lane.held = dataclasses.replace(prompt, names=prompt.names[: lane.lengths[0]])
 
-    def _fill(self, lane: Lane, prompt: Prompt, look: bool) -> Iterator[Ready | None]:
+    def _fill(self, lane: Lane, prompt: Prompt, look: bool) -> Iterator[int | Ready]:
         same = self.common(lane, prompt)
         lane.busy, lane.held, lane.used = True, None, next(self.clock)
         if not self.schedule.num_stages:
@@ -172,6 +183,7 @@ class Pool:
             done = int(np.searchsorted(rows, same))
             following = prompt.rows(group + 1) if group + 1 < shallow else rows if self.guided else None
             for at, count, size in self._sizes(done, len(rows)):
+                yield size
                 origins = rows[at : at + count]
                 if group == 0:
                     x = self._embedded(prompt, origins, size)
@@ -188,7 +200,6 @@ class Pool:
                             self._buffer(group + 1) if buffers[group + 1] is None else buffers[group + 1]
                         )
                         buffers[group + 1] = _scatter(buffers[group + 1], x, target)
-                yield None
             lane.lengths[group] = len(rows)
         entering, origins, seen = lane.entering, prompt.rows(self.schedule.num_uniform) if self.guided else None, None
         for stage in range(self.schedule.num_uniform, self.schedule.num_stages):
@@ -202,21 +213,25 @@ class Pool:
             if look and seen is None:
                 seen = (origins, scores)
             group, number = stage + 1, len(prompt) - prompt.num_visual + prompt.kept[stage]
+            after = self._buffer(group) if stage + 1 < self.schedule.num_stages else None  # what enters the next choice
             for at, count, size in self._sizes(0, number):
+                yield size
                 x = _cut(entering, np.int32(at), size=size)
                 x, trail = self._piece(lane, group, at, count, number, x)
-                yield None
+                if after is not None:
+                    place = np.arange(size, dtype=np.int32)
+                    after = _scatter(after, x, np.where(place < count, at + place, np.int32(NOWHERE)))
             lane.lengths[group] = number
-            if stage + 1 < self.schedule.num_stages:
-                origins = origins[np.asarray(where)[:number]]
+            if after is not None:
+                entering, origins = after, origins[np.asarray(where)[:number]]
         assert x is not None
         lane.held = prompt
         yield Ready(_logits(self.model.llm, x, np.int32(count - 1)), same, self._look(lane, prompt, trail, seen, look))
 
     def _sizes(self, done: int, total: int) -> Iterator[tuple[int, int, int]]:
-        """Where each piece begins, its real tokens, and with padding: a question behind a film is a small one."""
+        """Where each piece begins, its real tokens, and with padding: a question behind a film is one or two small."""
         while done < total:
-            size = self.small if total - done <= self.small else self.piece
+            size = self.small if total - done <= 2 * self.small else self.piece
             count = min(size, total - done)
             yield done, count, size
             done += count
@@ -292,7 +307,8 @@ class Pool:
         lengths = np.stack([self.lanes[i].lengths for i in order], 1).astype(np.int32)
         said, self.state, self.seen = _step(
             self.model.llm, self.state, self.seen, np.array(pick(tokens, 0), np.int32), np.array(order, np.int32),
-            lengths, knobs, everyone=everyone, sampled=any(c.do_sample for c in configs), top=top,
+            lengths, knobs, seen_to=self._reach(max(int(lane.lengths[0]) for lane in rows)), everyone=everyone,
+            sampled=any(c.do_sample for c in configs), top=top,
         )  # fmt: skip
         for lane, token in zip(rows, tokens, strict=True):
             lane.lengths += 1
@@ -301,11 +317,24 @@ class Pool:
         found = [order.index(lane.index) for lane in rows]
         return jax.tree.map(lambda a: np.asarray(a)[found], said)
 
+    def _reach(self, length: int) -> int | None:
+        """How far a step reads lanes of this length, in a few sizes; all of a lane where kernels skip what is empty."""
+        if jax.default_backend() != "cpu":
+            return None
+        size = 2 * self.piece
+        while size <= length:
+            size *= 4
+        return size if size < self.capacity else None
+
+    def _lengths(self) -> list[int]:
+        """One length of each size that `_reach` knows."""
+        return [0, *(size for i in range(16) if (size := 2 * self.piece << 2 * i) < self.capacity)]
+
     def warm(self, prompt: Prompt) -> None:
         """Compile what greedy answers need, with a short prompt, while nobody waits."""
         config = GenerationConfig(max_new_tokens=1)
         *_, ready = self.fill(self.lanes[0], prompt)
-        assert ready is not None
+        assert isinstance(ready, Ready)
         for group, places in enumerate(self.places):
             for size in sorted({self.small, self.piece}):
                 blank = jnp.zeros((size, self.model.config.llm.embed_dim), self.dtype)
@@ -313,7 +342,9 @@ class Pool:
                     self._piece(self.lanes[0], group, at, 1, at + 1, blank)
         self.first(self.lanes[0], ready, config)
         for number in sorted({min(len(self.lanes), 1 << i) for i in range(len(self.lanes).bit_length() + 1)}):
-            self.step(self.lanes[:number], [0] * number, [config] * number, [1] * number)
+            for length in self._lengths():
+                self.lanes[0].lengths[:] = np.minimum(length, self.places)
+                self.step(self.lanes[:number], [0] * number, [config] * number, [1] * number)
         for lane in self.lanes:
             lane.held, lane.lengths[:] = None, 0
             self.leave(lane)
@@ -382,12 +413,14 @@ def _first(
     return said, seen.at[lane].set(fresh[0].at[said.ids[0]].set(True))
 
 
-@functools.partial(jax.jit, static_argnames=("everyone", "sampled", "top"), donate_argnames=("state", "seen"))
+@functools.partial(
+    jax.jit, static_argnames=("seen_to", "everyone", "sampled", "top"), donate_argnames=("state", "seen")
+)
 def _step(
     llm: Any, state: device.Lanes, seen: Array, tokens: Array, rows: Array, lengths: Array, knobs: sampling.Knobs, *,
-    everyone: bool, sampled: bool, top: bool,
+    seen_to: int | None, everyone: bool, sampled: bool, top: bool,
 ) -> tuple[sampling.Said, device.Lanes, Array]:  # fmt: skip
     x = llm.embed(tokens[:, None]).astype(state.keys[0].dtype)
-    x, state = llm.step(state, x, None if everyone else rows, lengths)
+    x, state = llm.step(state, x, None if everyone else rows, lengths, seen=seen_to)
     said = sampling.choose(logits_of(llm, x)[:, 0], seen[rows], knobs, sampled=sampled, top=top)
     return said, state, seen.at[rows, said.ids].set(True)

@@ -7,6 +7,7 @@ Next: hico_jax/serve/pool.py
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ class Prompt:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    @property
+    @functools.cached_property
     def num_visual(self) -> int:
         return int((self.slots >= 0).sum())
 

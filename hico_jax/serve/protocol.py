@@ -21,11 +21,13 @@ MOST_STOPS, MOST_MESSAGES = 4, 256
 
 
 class ApiError(Exception):
-    """An answer in OpenAI's error shape."""
+    """An answer in OpenAI's error shape; with 429, after how many seconds to try again."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_s: float = 1.0
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.param, self.code, self.retry_s = status, message, param, code, retry_s
 
     def body(self) -> dict[str, Any]:
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}

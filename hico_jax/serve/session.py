@@ -32,7 +32,7 @@ from hico_jax.api import Model, Pictures
 from hico_jax.film import Answer, Film
 from hico_jax.generate import GenerationConfig
 from hico_jax.serve import prompts, saved
-from hico_jax.serve.pool import PIECE, Lane, Look, Pool
+from hico_jax.serve.pool import PIECE, Lane, Look, Pool, Ready
 from hico_jax.serve.prompts import Media, Prompt
 from hico_jax.serve.speech import Speech
 from hico_jax.shapes import ndarray
@@ -151,7 +151,7 @@ class Session:
         pool, lane = self._lane(prompt, settings)
         try:
             *_, ready = pool.fill(lane, prompt, look=look)
-            assert ready is not None
+            assert isinstance(ready, Ready)
             token, steps = int(pool.first(lane, ready, settings).ids[0]), 1
             yield token, ready
             while token not in settings.eos and steps < settings.max_new_tokens:

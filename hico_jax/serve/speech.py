@@ -12,6 +12,7 @@ from data_pipeline import chat
 from data_pipeline.tokenizer import Tokenizer
 
 BROKEN = "\ufffd"  # what half a character decodes to
+WINDOW, OVERLAP = 64, 8  # tokens decoded again with each that comes, at least; those of them whose text is known
 
 
 class Speech:
@@ -25,11 +26,12 @@ class Speech:
         self.ids: list[int] = []
         self.text = ""  # said already
         self.stopped = False
+        self.begin, self.before, self.skip = 0, "", 0  # the window's first token, the text before it, what both share
 
     def push(self, token: int) -> str:
         """The text that one more token makes certain."""
         self.ids.append(token)
-        whole = self.tokenizer.decode(self.ids).lstrip()
+        whole = self._whole().lstrip()
         end = self._stop_in(whole)
         if end is not None:
             self.stopped = True
@@ -41,6 +43,18 @@ class Speech:
         if self.stopped:
             return ""
         return self._say(chat.clean_answer(self.tokenizer, self.ids))
+
+    def _whole(self) -> str:
+        """The text so far. Of a long answer only a window is decoded, so that a token's cost does not grow."""
+        decode = self.tokenizer.decode
+        whole = self.before + decode(self.ids[self.begin :])[self.skip :]
+        if len(self.ids) - self.begin >= 2 * WINDOW:
+            cut = len(self.ids) - WINDOW
+            before = self.before + decode(self.ids[self.begin : cut])[self.skip :]
+            begin, skip = cut - OVERLAP, len(decode(self.ids[cut - OVERLAP : cut]))
+            if before + decode(self.ids[begin:])[skip:] == whole:  # not where the cut splits a character
+                self.begin, self.before, self.skip = begin, before, skip
+        return whole
 
     def _say(self, text: str) -> str:
         if len(text) <= len(self.text):

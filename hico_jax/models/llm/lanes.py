@@ -106,19 +106,22 @@ def step(
     lengths: Int[Array, "G R"],
     *,
     angles: Angles,
+    seen: int | None = None,
 ) -> tuple[Float[Array, "R 1 D"], Lanes]:
     """One token of several lanes through all layers; it stands behind what each group of its lane holds.
 
     Args:
       rows: which lanes; None is all of them, in order, which spares copying what is read.
       lengths: how many places of each group are filled in each of these lanes.
+      seen: places that are read: more than any length that matters. None is all of them.
     """
     first, dtype = 0, x.dtype
     x = decode_kernels.widened(blocks, x)
     for group, (keys, values) in enumerate(zip(lanes.keys, lanes.values, strict=True)):
         at = lengths[group]
         place = Place(*angles(at[:, None]), at[:, None], jnp.ones((x.shape[0], 1), jnp.int32))
-        visible = jnp.arange(keys.shape[3], dtype=jnp.int32)[None] <= at[:, None]
+        width = keys.shape[3] if seen is None else min(keys.shape[3], seen)
+        visible = jnp.arange(width, dtype=jnp.int32)[None] <= at[:, None]
 
         def layer(
             i: Array, carry: tuple[Array, Array, Array], first: int = first, at: Array = at, place: Place = place,
@@ -201,6 +204,17 @@ def copy(lanes: Lanes, source: Int[Array, ""], target: Int[Array, ""]) -> Lanes:
         return jax.lax.dynamic_update_slice_in_dim(a, part, target, 1)
 
     return jax.tree.map(one, lanes)
+
+
+def read_rows(
+    stack: Float[Array, "N B K S d"], layer: Array, rows: Int[Array, " R"] | None, places: int
+) -> Float[Array, "R K P d"]:
+    """The first places of one layer's keys or values of several lanes, or of all of them in order."""
+    zero, (_, count, heads, _, width) = jnp.zeros((), jnp.int32), stack.shape
+    if rows is None:
+        return jax.lax.dynamic_slice(stack, (layer, *[zero] * 4), (1, count, heads, places, width))[0]
+    one = lambda row: jax.lax.dynamic_slice(stack, (layer, row, *[zero] * 3), (1, 1, heads, places, width))[0]
+    return jnp.concatenate([one(rows[r]) for r in range(rows.shape[0])])
 
 
 def write_rows(

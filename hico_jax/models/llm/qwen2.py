@@ -315,14 +315,15 @@ class Block(nnx.Module):
         at: Int[Array, " R"],
         visible: Bool[Array, "R S"],
     ) -> tuple[Float[Array, "R 1 D"], Array, Array]:
-        """`decode` for lanes that are filled differently far (`lanes.step`)."""
+        """`decode` for lanes that are filled differently far (`lanes.step`); places beyond `visible` are not read."""
         q, k, v = self.attn.query_key_value(self.input_norm.ahead(x), place)
         keys, values = (lanes.write_rows(a, layer, rows, at, b) for a, b in ((keys, k), (values, v)))
         q = q.astype(keys.dtype)
-        if rows is None:
+        if rows is None and visible.shape[1] == keys.shape[3]:
             mixed = attention.attend_one(q, keys, values, visible, layer)
         else:
-            mixed = attention.attend_one(q, keys[layer, rows], values[layer, rows], visible)
+            k, v = (lanes.read_rows(a, layer, rows, visible.shape[1]) for a in (keys, values))
+            mixed = attention.attend_one(q, k, v, visible)
         x = self.attn.out(mixed, x)
         return self.mlp(self.post_norm.ahead(x), x), keys, values
 
@@ -388,10 +389,11 @@ class Qwen2(nnx.Module):
         return lanes.extend(self.blocks, *args, **static, angles=self.angles)
 
     def step(
-        self, held: lanes.Lanes, x: Float[Array, "R 1 D"], rows: Int[Array, " R"] | None, lengths: Int[Array, "G R"]
-    ) -> tuple[Float[Array, "R 1 D"], lanes.Lanes]:
+        self, held: lanes.Lanes, x: Float[Array, "R 1 D"], rows: Int[Array, " R"] | None, lengths: Int[Array, "G R"],
+        *, seen: int | None = None,
+    ) -> tuple[Float[Array, "R 1 D"], lanes.Lanes]:  # fmt: skip
         """One more token of several lanes; returns its hidden state and the lanes that hold it."""
-        x, held = lanes.step(self.blocks, held, x, rows, lengths, angles=self.angles)
+        x, held = lanes.step(self.blocks, held, x, rows, lengths, seen=seen, angles=self.angles)
         return self.norm(x), held
 
     def select(self, *args: Any, **static: Any) -> tuple[Array, Array, Array]:

@@ -118,6 +118,13 @@ def test_the_openai_client_gets_what_ask_says(served: Served, films: list[pathli
     assert told["visual_tokens"] == want.visual_tokens
     assert sum(told["attention"][0]) == pytest.approx(1, abs=1e-3)
 
+    kept = len(served.store.items)
+    again = client.chat.completions.create(model="tiny", messages=video(data_url(films[0])), max_tokens=1)
+    assert len(served.store.items) == kept  # the same bytes: neither read nor run again
+    assert again.usage is not None
+    assert again.usage.prompt_tokens_details is not None
+    assert again.usage.prompt_tokens_details.cached_tokens == want.prompt_tokens - 1
+
     sent = client.files.create(file=films[0], purpose="vision")
     assert sent.filename == "1.mp4"
     chat = model.chat(seen, settings=settings)
@@ -281,6 +288,66 @@ def test_who_hangs_up_is_not_answered_further(served: Served) -> None:
             break
         time.sleep(0.02)
     assert served.engine.idle
+
+
+def test_who_asks_too_often_is_told_when_to_come_back(make_model: Callable[..., Model], tmp_path: pathlib.Path) -> None:
+    """Each key has a rate of its own; wrong keys count against the address; health is never refused."""
+    served = Served(make_model(), tmp_path, api_keys=("one", "two"), rate=20)  # two at once
+    try:
+        for key in ("one", "two"):
+            with served.client(key) as client:
+                client.models.list()
+                client.models.list()
+                with pytest.raises(openai.RateLimitError, match="more than 20 requests a minute") as error:
+                    client.models.list()
+            assert error.value.response.headers["retry-after"] == "3"
+            assert error.value.code == "rate_limit_exceeded"
+        kinds = [openai.AuthenticationError, openai.AuthenticationError, openai.RateLimitError]
+        for kind in kinds:
+            with served.client("guess") as client, pytest.raises(kind):
+                client.models.list()
+        for _ in range(5):
+            assert b"200 OK" in served.raw(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+    finally:
+        served.close()
+
+
+def test_what_takes_too_long_is_a_504(
+    make_model: Callable[..., Model], films: list[pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    """Whether the device, a film or a turn at the readers keeps it waiting; streamed, the error is the last event."""
+    served = Served(make_model(), tmp_path, request_s=0.4)
+    hello: list[Any] = [{"role": "user", "content": "Hello?"}]
+    client = served.client()
+    try:
+        for stream in (False, True):
+            held, began = served.engine.call(lambda: time.sleep(2.0)), time.monotonic()
+            with pytest.raises(openai.APIError, match="no end came within the time allowed") as error:
+                list(client.chat.completions.create(model="tiny", messages=hello, max_tokens=4, stream=stream))
+            assert stream or isinstance(error.value, openai.InternalServerError)
+            assert stream or error.value.status_code == 504  # type: ignore[attr-defined]
+            assert time.monotonic() - began < 1.8  # though the device is still busy
+            held.result(60)
+        sent = client.files.create(file=films[0], purpose="vision")
+        for _ in range(2):
+            served.store.readers.acquire()  # as if two long films were being read
+        began = time.monotonic()
+        with pytest.raises(openai.InternalServerError, match=r"the media were not read within 0\.4 s") as late:
+            client.chat.completions.create(model="tiny", messages=video(sent.id))
+        assert late.value.status_code == 504
+        head = f"GET /v1/files/{sent.id}/timeline HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+        assert b" 504 " in served.raw(head.encode())
+        assert time.monotonic() - began < 3
+        for _ in range(100):  # nobody goes on waiting for a reader
+            if not served.store.under_way:
+                break
+            time.sleep(0.02)
+        assert not served.store.under_way
+        served.store.readers.release(2)
+        assert served.engine.idle
+    finally:
+        client.close()
+        served.close()
 
 
 @pytest.mark.parametrize(

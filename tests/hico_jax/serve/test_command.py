@@ -12,6 +12,7 @@ from hico_jax import cli
 from hico_jax.api import Model
 from hico_jax.options import parse_lanes
 from hico_jax.serve import command
+from hico_jax.serve.decoder import Decoder
 
 
 def test_others_are_let_in_only_with_a_key(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,3 +41,11 @@ def test_lanes_reach_the_longest_row(make_model: Callable[..., Model]) -> None:
     for wrong in ("8", "0x64", "2x10", "ax64", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="does not read as NxTOKENS"):
             parse_lanes(wrong)
+
+
+def test_what_readers_can_reach_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder()
+    monkeypatch.setattr(decoder, "confinement", lambda: ("one", "two"))
+    assert command.confinement(decoder) == "people's files are read without a network (one, two)"
+    monkeypatch.setattr(decoder, "confinement", tuple)
+    assert command.confinement(decoder).startswith("warning: this system does not keep")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 
@@ -16,20 +14,6 @@ from data_pipeline import video
 from data_pipeline.frames import Sampling
 from hico_jax.serve.decoder import Decoder, Limits, MediaError
 
-CONFINED = """
-import signal
-from hico_jax.serve import decoder
-decoder._confine(decoder.Limits(memory_bytes=1 << 28, seconds=20))
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-try:
-    open({path!r}, "wb", buffering=0).write(b"x")
-except OSError:
-    print("no file")
-try:
-    bytearray(1 << 30)
-except MemoryError:
-    print("no memory")
-"""
 SEEN = Sampling("dynamic_fps1", 8, 16, 4)
 
 
@@ -70,12 +54,7 @@ def test_limits_are_said_in_one_sentence(decoder: Decoder, films: list[pathlib.P
         read(decoder, tmp_path / "b.mp4")
 
 
-def test_a_child_may_not_write_and_a_dead_helper_is_replaced(
-    decoder: Decoder, films: list[pathlib.Path], tmp_path: pathlib.Path
-) -> None:
-    code = CONFINED.format(path=str(tmp_path / "written"))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == "no file\nno memory\n"
+def test_a_dead_helper_is_replaced(decoder: Decoder, films: list[pathlib.Path]) -> None:
     read(decoder, films[0])
     assert decoder.process is not None
     decoder.process.kill()

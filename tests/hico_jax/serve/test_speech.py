@@ -6,7 +6,7 @@ import pytest
 
 from data_pipeline import chat
 from data_pipeline.tokenizer import Tokenizer
-from hico_jax.serve.speech import Speech
+from hico_jax.serve.speech import WINDOW, Speech
 
 TEXTS = (" The card is red. ", "日本語とémoji 🎬🎬", "a <|im_en b <|im_end|>", "two\n\nlines  \n", "")
 
@@ -35,3 +35,24 @@ def test_a_stop_string_is_not_said_nor_what_may_become_one(stop: tuple[str, ...]
     pieces.append(speech.finish())
     assert "".join(pieces) == said
     assert speech.stopped == (said != "The card is red.")
+
+
+def test_a_long_answer_is_not_decoded_again_and_again(words: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every piece is what decoding all of it would have said, while no more than a window is decoded."""
+    text = "".join(TEXTS[i % 4] for i in range(60)) + "🎬" * 300
+    ids, sizes = words.encode(text), []
+    decode = words.decode
+
+    def counted(some: list[int], **options: bool) -> str:
+        sizes.append(len(some))
+        return decode(some, **options)
+
+    speech, said = Speech(words), ""
+    with monkeypatch.context() as patch:
+        patch.setattr(words, "decode", counted)
+        for i, token in enumerate(ids):
+            said += speech.push(token)
+            assert speech._whole() == decode(ids[: i + 1])
+    assert said + speech.finish() == chat.clean_answer(words, ids)
+    assert len(ids) > 2000
+    assert max(sizes) <= 2 * WINDOW + 8

@@ -70,7 +70,7 @@ def test_pieces_and_steps_of_lanes_equal_whole_prompts(llm: qwen2.Qwen2) -> None
         np.testing.assert_allclose(logits[lane], want[0], atol=2e-5)
         expected.append(generate.finish(llm, want, cache, SETTINGS).ids[0])
     lanes = copy(lanes, jnp.asarray(2, jnp.int32), jnp.asarray(1, jnp.int32))
-    step = jax.jit(lambda lanes, token, rows, at: llm.step(lanes, llm.embed(token[:, None]), rows, at))
+    step = jax.jit(lambda lanes, token, rows, at: llm.step(lanes, llm.embed(token[:, None]), rows, at, seen=16))
     token = jnp.stack([jnp.argmax(logits[2]), jnp.argmax(logits[0]), jnp.argmax(logits[2])]).astype(jnp.int32)
     said = [token]
     for n in range(ROOM - 1):
@@ -80,7 +80,7 @@ def test_pieces_and_steps_of_lanes_equal_whole_prompts(llm: qwen2.Qwen2) -> None
         said.append(token)
     np.testing.assert_array_equal(np.stack(said, 1), [expected[0], expected[1], expected[0]])
     order = jnp.asarray([1, 2, 0])  # the same step for all lanes in order
-    x, _ = jax.jit(lambda lanes, token, at: llm.step(lanes, llm.embed(token[:, None]), None, at))(
+    x, _ = jax.jit(lambda lanes, token, at: llm.step(lanes, llm.embed(token[:, None]), None, at, seen=15))(
         lanes, token[order], jnp.asarray([[6, 10, 10]], jnp.int32)[:, :] + ROOM - 1
     )
     y, _ = step(lanes, token, jnp.asarray([2, 0, 1], jnp.int32), jnp.asarray([[10, 6, 10]], jnp.int32) + ROOM - 1)
