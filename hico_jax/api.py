@@ -36,7 +36,7 @@ from PIL import Image
 from data_pipeline import chat, image, layout
 from data_pipeline.frames import time_message
 from data_pipeline.tokenizer import Tokenizer, load_tokenizer
-from hico_jax import ask, film, generate
+from hico_jax import ask, film, generate, weights
 from hico_jax import quantize as packing
 from hico_jax.batch import Batch, DropSchedule
 from hico_jax.convert import load as released
@@ -59,7 +59,7 @@ def load(
     tokens_per_frame: int | None = None,
     quantize: str | None = None,
 ) -> Model:
-    """Read a model.
+    """Read a model: a folder, or the name of a shipped one (`load("nano")`).
 
     Args:
       dtype: "float32" or "bfloat16" (or the JAX type), of parameters and activations; None keeps what the folder says,
@@ -77,7 +77,7 @@ def load(
         dtype = str(dtype)
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"dtype is {dtype!r}; it must be 'float32', 'bfloat16' or None")
-    folder = pathlib.Path(folder)
+    folder = weights.find(folder)
     model, tokenizer_folder = ask.load_model(folder, dtype, mesh=mesh)
     raw = released.read_config(folder)
     if tokens_per_frame is not None:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from data_pipeline.frames import Sampling
 from data_pipeline.tokenizer import load_tokenizer
-from hico_jax import checkpoint, config, film, lora, quantize
+from hico_jax import checkpoint, config, film, lora, quantize, weights
 from hico_jax.batch import DropSchedule
 from hico_jax.convert import load
 from hico_jax.generate import GenerationConfig
@@ -39,7 +39,8 @@ def main(args: argparse.Namespace) -> int:
     folder = args.model or DEFAULT_MODEL
     if args.model is None and not pathlib.Path(folder).is_dir():
         raise ValueError(
-            f"no model was named and there is none in {folder}; give one with --model, or make one with `hico demo`"
+            f"no model was named and there is none in {folder}; give one with --model (`--model nano` ships), "
+            f"or make one with `hico demo --train`"
         )
     if not os.path.exists(args.video):
         raise ValueError(f"{args.video}: there is no such file")
@@ -96,13 +97,18 @@ def load_model(
       dtype: of parameters and activations; None: as the folder says, but float32 on a CPU (`usual_dtype`).
       mesh: where to put released parameters; None is the default device.
 
+    The name of a shipped model (`weights.find`) stands for its folder.
+
     Raises:
       ValueError: the folder is neither, or its weights do not fit.
     """
-    folder = pathlib.Path(folder)
+    folder = weights.find(folder)
     path = folder / load.CONFIG
     if not path.is_file():
-        raise ValueError(f"{folder} holds no {load.CONFIG}; give a folder of released weights, or the workdir of a run")
+        raise ValueError(
+            f"{folder} holds no {load.CONFIG}; give a folder of released weights, or the workdir of a run, "
+            f"{weights.known()}"
+        )
     if load.holds_weights(load.read_config(folder)):
         dtype = dtype or usual_dtype(sum(one.stat().st_size for one in folder.iterdir()))
         return load.load(folder, dtype=dtype, activations=dtype, mesh=mesh).model, folder

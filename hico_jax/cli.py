@@ -94,7 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="hico",
         description="VideoChat-Flash in JAX: train, ask and look inside a long-video language model.",
-        epilog=f"Start with `hico demo`: no weights, no accelerator.\n\n{EXIT_CODES}",
+        epilog=f"Start with `hico demo`: nothing to download, no accelerator.\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -145,8 +145,13 @@ def _run(name: str, arguments: argparse.Namespace | list[str]) -> int:
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="DIR", default="runs/demo", help="where everything is written (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="fewer videos and steps: about two minutes, a lower score")
+    parser.add_argument(
+        "--out", metavar="DIR", help="where everything is written (runs/nano; runs/demo when a model is trained)"
+    )
+    parser.add_argument(
+        "--train", action="store_true", help="train a small model from nothing instead: about ten minutes on two cores"
+    )
+    parser.add_argument("--quick", action="store_true", help="train on less: about two minutes, a lower score")
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on from what DIR holds")
     parser.add_argument("--seed", type=count, default=0, help="of the videos and of the weights (%(default)s)")
 
@@ -158,7 +163,7 @@ def _ask(parser: argparse.ArgumentParser) -> None:
         "-q", "--question", dest="questions", metavar="QUESTION", action="append", default=[],
         help="the same, or one more about the same video; may be given again",
     )  # fmt: skip
-    parser.add_argument("--model", metavar="FOLDER", help="released weights, or what training or the demo wrote")
+    parser.add_argument("--model", metavar="FOLDER", help="released or trained weights, or nano, which ships")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=DTYPE_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
@@ -289,9 +294,9 @@ PLAN_HELP = """Takes the flags of `hico train`, and:
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         "hico_jax.demo:main",
-        "train a small model from nothing, question it, and write a report; no weights, no accelerator",
+        "ask the model that ships about a film; with --train, make one from nothing; no accelerator",
         _demo,
-        resume="The same command goes on where it stopped; --fresh starts over.",
+        resume="With --train the same command goes on where it stopped; --fresh starts over.",
     ),
     "ask": Command(
         "hico_jax.ask:main",

@@ -84,7 +84,9 @@ def eval_options(parser: argparse.ArgumentParser) -> None:
     """Options of `hico eval`."""
     parser.add_argument("name", metavar="NAME", help="mvbench, mlvu, lvbench, perceptiontest, longvideobench, "
                         "videomme, videomme_w_subtitle or charades_sta")  # fmt: skip
-    parser.add_argument("--model", metavar="FOLDER", required=True, help="released, exported or trained weights")
+    parser.add_argument(
+        "--model", metavar="FOLDER", required=True, help="released, exported or trained weights, or nano"
+    )
     parser.add_argument(
         "--annotations", metavar="PATH", required=True, help="the official annotation file, or the folder it is in"
     )
@@ -121,7 +123,9 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 def niah_options(parser: argparse.ArgumentParser) -> None:
     """Options of `hico niah`."""
-    parser.add_argument("--model", metavar="FOLDER", required=True, help="released, exported or trained weights")
+    parser.add_argument(
+        "--model", metavar="FOLDER", required=True, help="released, exported or trained weights, or nano"
+    )
     parser.add_argument("--out", metavar="DIR", default="runs/niah", help="where everything is written (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on from what DIR holds")
     hidden = parser.add_argument_group("what is hidden, and where (the made-up world, so that no download is needed)")
@@ -165,7 +169,9 @@ def niah_options(parser: argparse.ArgumentParser) -> None:
 
 def compress_options(parser: argparse.ArgumentParser) -> None:
     """Options of `hico compress`."""
-    parser.add_argument("--model", metavar="FOLDER", required=True, help="released, exported or trained weights")
+    parser.add_argument(
+        "--model", metavar="FOLDER", required=True, help="released, exported or trained weights, or nano"
+    )
     parser.add_argument("--out", metavar="DIR", default="runs/compress", help="(%(default)s)")
     parser.add_argument("--methods", metavar="NAME,NAME", default="all", help="(%(default)s)")
     parser.add_argument("--tokens-per-frame", metavar="N", type=positive, help="of every method (the model's own)")
@@ -207,7 +213,9 @@ def quantize_option(parser: argparse._ActionsContainer) -> None:
 
 def bench_options(parser: argparse.ArgumentParser) -> None:
     """Options of `hico bench`."""
-    parser.add_argument("--model", metavar="FOLDER", required=True, help="released, exported or trained weights")
+    parser.add_argument(
+        "--model", metavar="FOLDER", required=True, help="released, exported or trained weights, or nano"
+    )
     parser.add_argument("--out", metavar="DIR", default="runs/bench", help="(%(default)s)")
     parser.add_argument(
         "--frames", metavar="N,N", type=list_of(positive), default=(64, 256, 1000, 4000, 10000),
@@ -234,7 +242,9 @@ def _drop_text(text: str) -> str:
 
 def serve_options(parser: argparse.ArgumentParser) -> None:
     """Options of `hico serve`. Keys come from HICO_API_KEY or HICO_API_KEYS, so that no process list shows them."""
-    parser.add_argument("--model", metavar="FOLDER", help="released, exported or trained weights (runs/demo/model)")
+    parser.add_argument(
+        "--model", metavar="FOLDER", help="released, exported or trained weights, or nano (runs/demo/model)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help=DTYPE_HELP)
     parser.add_argument("--name", metavar="NAME", help="of the model, in the protocol (the folder's)")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (%(default)s); others need HICO_API_KEY")

@@ -55,8 +55,9 @@ RULES: dict[str, tuple[str, ...]] = {
     ),
     "hico_jax.convert": (
         *_CONTRACT, "hico_jax.config", "hico_jax.registry", "hico_jax.models", "hico_jax.parallel.sharding",
-        "hico_jax.checkpoint", "hico_jax.lora",
+        "hico_jax.checkpoint", "hico_jax.lora", "hico_jax.weights",
     ),
+    "hico_jax.weights": (),
     "hico_jax.convert.command": ("hico_jax", "data_pipeline"),
     "hico_jax.generate": (*_CONTRACT, "hico_jax.models", "hico_jax.parallel"),
     "hico_jax.start": (*_TRAINING, "hico_jax.convert.load"),
@@ -78,7 +79,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "hico_jax.serve": ("hico_jax", "data_pipeline"),
     "hico_jax.evals": (
         *_CONTRACT, "hico_jax.parallel", "hico_jax.film", "hico_jax.generate", "hico_jax.ask", "hico_jax.models",
-        "hico_jax.quantize", "hico_jax.registry", "hico_jax.report", "hico_jax.options", "data_pipeline",
+        "hico_jax.quantize", "hico_jax.registry", "hico_jax.report", "hico_jax.options", "hico_jax.weights",
+        "data_pipeline",
     ),
     "hico_jax.plan": ("hico_jax", "configs"),
     "hico_jax.report": (),

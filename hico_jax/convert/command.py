@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from data_pipeline.tokenizer import load_tokenizer
-from hico_jax import checkpoint, registry
+from hico_jax import checkpoint, registry, weights
 from hico_jax.api import check_vocabulary
 from hico_jax.config import from_json as read_experiment
 from hico_jax.convert import export, hf_config, hf_internvl, lazy, load, native, sources
@@ -34,7 +34,7 @@ def main_convert(args: argparse.Namespace) -> int:
     Raises:
       ValueError: SRC is damaged, not supported, or does not fit; or DST cannot be written.
     """
-    source, target = pathlib.Path(args.source), pathlib.Path(os.path.abspath(args.target))
+    source, target = weights.find(args.source), pathlib.Path(os.path.abspath(args.target))
     export.check_target(target, args.overwrite)
     if not source.exists():
         raise ValueError(f"{source} does not exist; give a folder of released weights, or a file of a part of them")
@@ -107,7 +107,7 @@ def main_export(args: argparse.Namespace) -> int:
     Raises:
       ValueError: SRC holds no weights that can be exported, or DST cannot be written.
     """
-    source, target = pathlib.Path(args.source), pathlib.Path(os.path.abspath(args.target))
+    source, target = weights.find(args.source), pathlib.Path(os.path.abspath(args.target))
     export.check_target(target, args.overwrite)
     raw = load.read_config(source)
     if args.part == "adapter":

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from hico_jax import registry
+from hico_jax import registry, weights
 from hico_jax.convert import hf_config, native, safetensors_io, sources
 from hico_jax.convert.rules import Rule, match
 from hico_jax.models import projector
@@ -55,7 +55,7 @@ def load(
     Raises:
       ValueError: a model that is not supported, a damaged file, or tensors that do not fit; lists all of them.
     """
-    folder = pathlib.Path(folder)
+    folder = weights.find(folder)
     raw = read_config(folder)
     ours = native.is_native(raw)
     if ours and not raw["whole"]:
@@ -157,7 +157,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; give a folder that holds {CONFIG} and its weights")
+        raise ValueError(f"{path} does not exist; give a folder that holds {CONFIG} and its weights, {weights.known()}")
     try:
         raw = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -1,6 +1,6 @@
-"""`hico demo`: a small model learns from real mp4 files, finds a card in long films, and a page tells the story.
+"""`hico demo`: the shipped model answers about a film at once; with `--train` one learns from nothing.
 
-No weights, no accelerator. Everything is computed in the run: the videos are made, `nano` goes through the four
+`--train` (and `--quick`, its short form) needs no weights and no accelerator. Everything is computed in the run: the videos are made, `nano` goes through the four
 stages from nothing (killed once on the way), is asked about films it never saw, and `report.html` shows what was
 seen. The same command again goes on where the last one stopped.
 
@@ -19,26 +19,27 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from hico_jax import weights
 from hico_jax.demo import plan
 
 MARK = "demo.json"  # what the folder holds; also what makes it safe to delete
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the demo, or what is left of it.
+    """Run the demo, or what is left of it. Without weights to show, the demo is the training.
 
     Raises:
       ValueError: the folder holds something else, or another demo.
     """
-    out = pathlib.Path(args.out)
+    if not (args.train or args.quick):
+        if weights.shipped("nano"):
+            return show(args)
+        print("hico demo: this copy of the source lacks the weights of nano, so a model is trained instead", flush=True)
+    out = pathlib.Path(args.out or "runs/demo")
     chosen = plan.QUICK if args.quick else plan.FULL
     settings = {"size": chosen.name, "seed": args.seed}
     prepare(out, settings, fresh=args.fresh)
-    # One folder of compiled programs serves this process, the training processes, and the next run.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((out / "compiled").resolve()))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # compiles a quarter faster, runs the same
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA greets every process
+    _environment(out)
     from hico_jax.demo import measure, story, training  # they import JAX, which reads the environment
 
     print(f"hico demo: {chosen.promise}; everything goes to {out}", flush=True)
@@ -67,6 +68,33 @@ def main(args: argparse.Namespace) -> int:
     run.step("report", "writing the report", lambda: story.write(out, chosen, run.results, run.seconds), keep=False)
     story.tell(out, run.results, sum(run.seconds.values()))
     return 0
+
+
+def show(args: argparse.Namespace) -> int:
+    """An answer from the shipped model; needs a folder of its own.
+
+    Raises:
+      ValueError: the folder holds something else.
+    """
+    began = time.monotonic()
+    out = pathlib.Path(args.out or "runs/nano")
+    settings = {"size": "shipped", "seed": args.seed}
+    mark = out / MARK
+    mine = mark.is_file() and json.loads(mark.read_text()).get("size") == "shipped"
+    prepare(out, settings, fresh=mine)  # --fresh never deletes a training demo here
+    _environment(out)
+    from hico_jax.demo import shipped  # it imports JAX, which reads the environment
+
+    shipped.first_answer(out, args.seed, began)
+    return 0
+
+
+def _environment(out: pathlib.Path) -> None:
+    """One folder of compiled programs serves this process, the training processes, and the next run."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((out / "compiled").resolve()))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")  # compiles a quarter faster, runs the same
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA greets every process
 
 
 def prepare(out: pathlib.Path, settings: dict[str, Any], *, fresh: bool) -> None:

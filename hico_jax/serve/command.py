@@ -49,7 +49,9 @@ def main(args: argparse.Namespace) -> int:
         )
     folder = args.model or ask.DEFAULT_MODEL
     if args.model is None and not pathlib.Path(folder).is_dir():
-        raise ValueError(f"no model was named and there is none in {folder}; give one with --model, or run `hico demo`")
+        raise ValueError(
+            f"no model was named and there is none in {folder}; give one with --model (`--model nano` ships), or run `hico demo --train`"
+        )
     began = time.perf_counter()
     model = api.load(folder, args.dtype, quantize=args.quantize)
     if args.drop is not None:

@@ -151,7 +151,7 @@ def test_no_model_at_all(noise_film: Any, tmp_path: Any, monkeypatch: Any, capsy
     monkeypatch.chdir(tmp_path)
     assert cli.main(["ask", str(noise_film), "hi"]) == cli.MISUSED
     err = capsys.readouterr().err
-    assert "make one with `hico demo`" in err
+    assert "make one with `hico demo --train`" in err
     assert err.count("\n") == 1
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from data_pipeline.frames import Sampling
 from data_pipeline.tokenizer import load_tokenizer
-from hico_jax import ask, film
+from hico_jax import ask, film, weights
 from hico_jax.batch import DropSchedule
 from hico_jax.evals import card, journal
 from hico_jax.evals.bench import annotations, report, runner, scores, tasks
@@ -79,7 +79,7 @@ def sampling_of(max_frames: int) -> Sampling:
 
 def shipped_penalty(folder: str | os.PathLike[str]) -> float:
     """The repetition penalty of a model's `generation_config.json`, which applies in the reference; 1 without one."""
-    path = pathlib.Path(folder) / "generation_config.json"
+    path = weights.find(folder) / "generation_config.json"
     try:
         return float(json.loads(path.read_text()).get("repetition_penalty", 1.0)) if path.is_file() else 1.0
     except (ValueError, TypeError, AttributeError) as error:
