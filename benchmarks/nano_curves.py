@@ -22,6 +22,7 @@ ROWS = 200  # at most so many in a file; each is the mean of its steps
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Read a run, write its curves."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", type=pathlib.Path, metavar="RUN", help="the folder that launch/nano.sh wrote")
     parser.add_argument("out", type=pathlib.Path, metavar="OUT", help="where the curves go")

@@ -1,8 +1,9 @@
 """`hico demo`: the shipped model answers about a film at once; with `--train` one learns from nothing.
 
-`--train` (and `--quick`, its short form) needs no weights and no accelerator. Everything is computed in the run: the videos are made, `nano` goes through the four
-stages from nothing (killed once on the way), is asked about films it never saw, and `report.html` shows what was
-seen. The same command again goes on where the last one stopped.
+`--train` (and `--quick`, which trains on less) needs no weights and no accelerator. Everything is computed in the run:
+the videos are made, the registry's toy `nano` goes through the four stages from nothing (killed once on the way), is
+asked about films it never saw, and `report.html` shows what was seen. The same command again goes on where the last
+one stopped.
 
 In: a folder and a size. Out: `report.html`, the model, and a JSON file behind every number.
 Next: hico_jax/demo/plan.py

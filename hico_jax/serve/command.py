@@ -50,7 +50,8 @@ def main(args: argparse.Namespace) -> int:
     folder = args.model or ask.DEFAULT_MODEL
     if args.model is None and not pathlib.Path(folder).is_dir():
         raise ValueError(
-            f"no model was named and there is none in {folder}; give one with --model (`--model nano` ships), or run `hico demo --train`"
+            f"no model was named and there is none in {folder}; give one with --model (`--model nano` ships), "
+            f"or run `hico demo --train`"
         )
     began = time.perf_counter()
     model = api.load(folder, args.dtype, quantize=args.quantize)

@@ -1,0 +1,78 @@
+"""What ships: found by name, small enough, whole, and right about films it never saw."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+
+import hico_jax
+from data_pipeline.tokenizer import load_tokenizer
+from hico_jax import ask, weights
+from hico_jax.convert import hf_config, load
+from hico_jax.demo.measure import WHOLE
+from hico_jax.evals import needle
+from hico_jax.film import Viewer
+
+SIZE = 40_000_000  # bytes, everything together
+FILMS = ((0.1, 91_001), (0.5, 91_002), (0.9, 91_003))  # depth and seed; each film has two questions
+RIGHT = 5  # of the six
+
+there = pytest.mark.skipif(not weights.shipped("nano"), reason="the weights of nano are not in this copy of the source")
+
+
+def test_a_folder_of_the_same_name_wins(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(weights, "shipped", lambda name: True)
+    (tmp_path / "nano").mkdir()
+    assert weights.find("nano") == weights.folder("nano")  # it holds no model
+    (tmp_path / "nano" / "config.json").write_text("{}")
+    assert weights.find("nano") == pathlib.Path("nano")
+    assert weights.find(tmp_path / "other") == tmp_path / "other"
+
+
+def test_weights_that_are_not_there(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(weights, "folder", lambda name: tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"^the weights of nano are not in .*gone; get the whole repository"):
+        hico_jax.load("nano")
+
+
+def test_an_unknown_name_hears_what_ships() -> None:
+    with pytest.raises(ValueError, match=r"name a shipped model \(nano\)"):
+        hico_jax.load("nanno")
+    with pytest.raises(ValueError, match=r"name a shipped model \(nano\)"):
+        load.read_config(pathlib.Path("nanno"))
+
+
+@there
+def test_what_ships_is_small_and_fits_together() -> None:
+    folder = weights.folder("nano")
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= SIZE
+    raw = json.loads((folder / "config.json").read_text())
+    config = hf_config.from_raw(raw, folder.name)
+    assert load_tokenizer(folder).vocab_size <= config.llm.vocab_size
+    assert config.geometry().tokens_per_clip == 16 * config.vision.frames_per_clip
+    load.load(folder)  # every tensor that the configuration describes is there, and no other
+    assert "<FIGURE" not in (folder / "MODEL_CARD.md").read_text()
+
+
+@there
+def test_it_answers_about_films_it_never_saw(tmp_path: pathlib.Path) -> None:
+    model, tokenizer = ask.load_model("nano")
+    viewer = Viewer(model, load_tokenizer(tokenizer), sampling=WHOLE)
+    trials = []
+    for depth, seed in FILMS:
+        hidden = needle.hide(tmp_path, 16, depth, seed)
+        trials += needle.ask(viewer, hidden, viewer.watch(hidden.film.path))
+    assert len(trials) == 2 * len(FILMS)
+    wrong = [f"{t.question} {t.answer}, not {t.expected}" for t in trials if not t.correct]
+    assert len(wrong) <= len(trials) - RIGHT, wrong
+
+
+@there
+def test_load_by_name_gives_a_model_that_speaks() -> None:
+    model = hico_jax.load("nano")
+    assert model.eos
+    assert isinstance(model.ask(None, "What colour is the card?").text, str)
