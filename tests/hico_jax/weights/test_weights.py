@@ -62,7 +62,7 @@ def test_what_ships_is_small_and_fits_together() -> None:
 @there
 def test_it_answers_about_films_it_never_saw(tmp_path: pathlib.Path) -> None:
     model, tokenizer = ask.load_model("nano")
-    viewer = Viewer(model, load_tokenizer(tokenizer), sampling=WHOLE)
+    viewer = Viewer(model, load_tokenizer(tokenizer), sampling=WHOLE, clips_per_step=4)
     asked = []
     for depth, seed in FILMS:
         hidden = needle.hide(tmp_path, 16, depth, seed)
