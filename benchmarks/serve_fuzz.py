@@ -125,7 +125,9 @@ def fuzz_server(
 ) -> dict[str, Any]:  # fmt: skip
     """Statuses, the slowest answer, and every broken promise. `only` sends those of these numbers alone."""
     ears, model, end = Ears(), model or tiny(), time.monotonic() + seconds
-    logging.getLogger().addHandler(ears)
+    heard_from = (logging.getLogger(), logging.getLogger("uvicorn"))  # a server's own settings may keep uvicorn's apart
+    for logger in heard_from:
+        logger.addHandler(ears)
     statuses: collections.Counter[str] = collections.Counter()
     broken: list[dict[str, Any]] = []
     memory, slowest, lock = [], [0.0, -1], threading.Lock()
@@ -178,8 +180,9 @@ def fuzz_server(
         broken += [{"part left": p.name} for p in work.glob("*.part")]
         rig.close()
         broken += [{"left behind": p.name} for p in work.rglob("*")]
-    logging.getLogger().removeHandler(ears)
-    broken += [{"logged": text} for text in ears.heard]
+    for logger in heard_from:
+        logger.removeHandler(ears)
+    broken += [{"logged": text} for text in dict.fromkeys(ears.heard)]
     return {
         "sent": sum(statuses.values()), "statuses": dict(statuses), "slowest_s_and_which": slowest,
         "rss_mib_and_descriptors": memory, "broken": len(broken), "first": broken[:20],
