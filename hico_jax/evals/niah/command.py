@@ -101,7 +101,7 @@ def hide(args: argparse.Namespace, px: int) -> list[needles.Needle]:
     """The needles that the options name, asked to think where they say so.
 
     Raises:
-      ValueError: thinking about one card, or about a question without options.
+      ValueError: thinking about one card.
     """
     found = _hide(args, px)
     if not args.think:

@@ -8,6 +8,7 @@ import pytest
 from data_pipeline.world.questions import (
     KINDS,
     TAIL,
+    THINK,
     Question,
     ask,
     ask_all,
@@ -16,6 +17,7 @@ from data_pipeline.world.questions import (
     follow,
     multiple_choice,
     paper_chain,
+    thinking,
 )
 from data_pipeline.world.recipes import RECIPES, Look, make_scene
 from data_pipeline.world.scene import DIGITS, LETTERS, WORDS, Card, Ground, Mover, Scene
@@ -89,6 +91,18 @@ def test_the_words_of_the_paper():
     assert {q.kind for q in asked} == {"chain_colour_red", "chain_shape_red"}
     assert all(q.answer in q.options == ("A", "B", "C", "D") and q.text.endswith(TAIL) for q in asked)
     assert "a blue star" in next(q.text for q in asked if q.kind == "chain_colour_red")
+
+
+def test_a_thought_names_every_card_on_the_way():
+    rng = np.random.default_rng(0)
+    (question, letter), _ = paper_chain(follow(CHAIN), rng)
+    text, answer = thinking(question, letter, follow(CHAIN))
+    assert text.endswith(THINK)
+    assert TAIL not in text
+    assert answer == f"red, green, blue: blue star ({letter})"
+    assert _answers(_scene(cards=CHAIN))["walk_red"] == "red, green, blue"
+    asked = choose(_scene(cards=CHAIN), {"chain": 1.0}, rng, turns=2, paper_share=1.0, think_share=1.0)
+    assert all(q.text.endswith(THINK) and q.answer.startswith("red, green, blue: blue star (") for q in asked)
 
 
 def test_a_mover():

@@ -108,6 +108,7 @@ def test_eight_devices_find_what_one_finds(
         (["--frames", "3"], "--frames 3 is less than one clip of 4 frames"),
         (["--controls", "blank,cat"], "there is no control 'cat'; known are no, blank, shuffled, dropped, blind"),
         (["--frames", "x"], "'x' is not a whole number"),
+        (["--think"], "--think is for chains: give --hops 2 or more"),
         (["--depths", "2"], "'2' is not a number from 0 to 1"),
         (["--hops", "9"], "2 to 8 cards, decoys included, not 9"),
         (["--needles", "gone.json"], "gone.json: there is no such annotation file"),

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.world import draw, questions
+from data_pipeline.world.questions import TAIL, THINK
 from data_pipeline.world.scene import COLOURS, SHAPES, Card
 from hico_jax.evals.niah import needles
 
@@ -83,6 +84,13 @@ def test_decoys_hide_which_card_is_last() -> None:
         assert sum(any(np.array_equal(p, q) for q in plain) for p in needle.pictures) == 2
     with pytest.raises(ValueError, match="decoys included, not 9"):
         needles.world_chains(1, 6, 64, 0, decoys=3)
+
+
+def test_a_thoughtful_question_keeps_its_options_and_answer() -> None:
+    caption, _ = needles.world_chains(1, 5, 64, 0)[0].asked
+    asked = needles.thoughtful(caption)
+    assert asked.question == caption.question.removesuffix(TAIL) + THINK
+    assert (asked.name, asked.answer) == (caption.name, caption.answer)
 
 
 def test_written_needles_are_read_again(tmp_path: pathlib.Path) -> None:

@@ -90,3 +90,19 @@ def test_letters_and_words() -> None:
 def test_nothing_of_the_haystacks_size_is_kept(trial: tuple[haystack.Haystack, haystack.Trial]) -> None:
     found = haystack.gather(trial[0].tokens, trial[1].extra, jnp.zeros(4, jnp.int32))
     assert found.shape[1] == 4
+
+
+@pytest.mark.parametrize(
+    ("said", "option"),
+    [("red, blue: blue circle (C)", "C"), ("(A) or (B)", "B"), ("C", ""), ("", ""), ("blue (c)", "")],
+)
+def test_the_last_option_in_brackets_is_the_conclusion(said: str, option: str) -> None:
+    assert probe.concluded(said) == option
+
+
+def test_a_thought_is_judged_by_what_is_said(
+    asked_model: HiCo, words: Tokenizer, trial: tuple[haystack.Haystack, haystack.Trial]
+) -> None:
+    thinker = probe.Probe(asked_model, words, think=True, max_thought_tokens=12)
+    found = thinker.ask(*trial, Asked("caption", "Which?", "A"))
+    assert found.forced == found.generated == (probe.concluded(found.answer) == "A")
