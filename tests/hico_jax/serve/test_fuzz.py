@@ -14,7 +14,8 @@ from hico_jax.serve import protocol
 LANES = ((4, 256),)  # as in test_app.py: nothing more is compiled
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [100, 10_000])
 @pytest.mark.parametrize("make", [serve_fuzz.request, serve_fuzz.body], ids=lambda f: f.__name__)
 def test_broken_input_breaks_nothing(make: Callable[..., Any], count: int, make_model: Callable[..., Model]) -> None:
     found = serve_fuzz.fuzz_server(make, count, seed=7, model=make_model(), buckets=LANES)
