@@ -94,7 +94,8 @@ def test_each_host_decodes_its_clips_and_together_they_are_the_film(data, small,
     whole = list(loader.make_loader(config, GEOMETRY, small))
     alone = sum(decoded)
     left, right = by_two_hosts(config, small)
-    assert sum(decoded) - alone <= alone  # both together no more than one alone: no clip twice
+    # No frame twice in an epoch. How much a second epoch finds in the cache depends on who was faster.
+    assert max(alone, sum(decoded) - alone) <= 6 * 16 * config.num_epochs
     for one, a, b in zip(whole, left, right, strict=True):
         assert one.info == a.info == b.info
         for name in ("tokens", "slots", "positions", "segments", "targets", "weights"):
