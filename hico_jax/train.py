@@ -107,9 +107,12 @@ def fit(
 
     Raises:
       NonFiniteLossError: the loss is not finite.
-      ValueError: the data ends before the last step, or weights do not fit.
+      ValueError: the data ends before the last step, weights do not fit, or bfloat16 on a CPU.
     """
     mesh = make_mesh(experiment.mesh, devices)
+    if experiment.model.dtype == "bfloat16" and mesh.devices.flat[0].platform == "cpu":
+        # It compiles, and fails at the first product that is summed in float32.
+        raise ValueError("model.dtype is 'bfloat16', which cannot be trained in on a CPU; set it to 'float32'")
     saved = checkpoint.Checkpointer(experiment.workdir, experiment.checkpoint)
     notice = Notice()
     with jax.set_mesh(mesh), context.using(experiment.mesh.context), contextlib.closing(saved), notice.on_sigterm():

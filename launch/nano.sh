@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# hico-nano from nothing: the made-up world, the four stages, the exported model. One GPU, some minutes a stage.
+# hico-nano from nothing: the made-up world, a language model that has read, the four stages, the exported model. One GPU, some minutes a stage.
 #   bash launch/nano.sh runs/hico_nano [SEED]
 # The same command goes on where it was stopped. Steps are multiplied by SCALE (default 1; 0.01 tries the path).
 # SKIP="stage2" leaves stages out, for ablations. MERGE=off keeps every patch (196 tokens a frame at the end, not 16).
 # DROP="--config.model.drop.kind=attention ..." is how the language model drops tokens from the long films on.
-# TUNE="--config.data.worker_count=6" goes to every stage. HICO is the program (default: the one in .venv).
+# TUNE="--config.data.worker_count=6" goes to every stage ("--config.model.dtype=float32" on a CPU). HICO is the program (default: the one in .venv).
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 out="${1:?give a folder: bash launch/nano.sh runs/hico_nano [SEED]}" seed="${2:-0}"
@@ -41,6 +41,8 @@ stage() {
 }
 far="--config.data.position_skip=163840"
 rest="--config.optim.rates=(('vision/.*',None),('.*','lr'))"
+words="--config.optim.rates=(('vision/.*',None),('projector/.*',None),('.*','lr'))"
+stage told stage3_sft told.yaml 1500 64 512 1 0 --config.init.parent= --config.data.pack=512 --config.optim.lr=1e-3 "$words"
 stage stage1 stage1_align stage1.yaml 60 64 192 1 1
 stage stage2 stage2_pretrain stage2.yaml 1200 64 512 3 2 --config.optim.lr=1e-3
 stage stage3 stage3_sft short.yaml 2600 64 512 3 0 --config.optim.lr=1e-3 "$far"

@@ -3,7 +3,7 @@
     videos/  images/      the media
     *.json  *.jsonl       annotations in the reference's format (conversations of human and gpt turns)
     stage{1,2,3,4}.yaml   which annotations each stage reads; paths are relative to the YAML file
-    {images,short,middle,long}.yaml  questions about images, short, middle or long films alone
+    {told,images,short,middle,long}.yaml  questions about told films, images, short, middle or long films alone
     tokenizer.json        a small byte-level BPE that knows this world's words
     val*.json test*.json  one question an item about scenes training never shows, with its kind and answer
     settings.json         what is being made; written first
@@ -32,7 +32,7 @@ from data_pipeline.world import draw, texts
 from data_pipeline.world.films import write_scene
 from data_pipeline.world.presets import PRESETS, Preset
 from data_pipeline.world.questions import Question, ask, choose, conversation
-from data_pipeline.world.recipes import SPLITS, Look, held_out, make_scene
+from data_pipeline.world.recipes import SPLITS, Look, held_out, in_proportion, make_scene
 from data_pipeline.world.scene import COLOURS, SHAPES, Scene
 
 VERSION = 2  # raise when the same settings would give another world
@@ -119,7 +119,7 @@ def plan(preset: Preset, seed: int) -> list[Media]:
     index = 0
     for split, groups, middle in zip(SPLITS, (preset.train, preset.val, preset.test), preset.middle, strict=True):
         for group, number in zip(looks, (*groups, middle), strict=True):
-            for recipe in _share(recipes[group], number):
+            for recipe in in_proportion(recipes[group], number):
                 scene = make_scene(recipe, seed=seed, split=split, index=index, look=looks[group])
                 kind, ending = ("images", "jpg") if group == "image" else ("videos", "mp4")
                 path = f"{kind}/{split}_{group}_{index:05d}.{ending}"
@@ -134,7 +134,7 @@ def annotate(preset: Preset, seed: int, media: Sequence[Media]) -> dict[str, lis
         name: []
         for name in (
             "stage1_images.json", "stage1_videos.json", "stage2_images.json", "stage2_pairs.json", "stage2_videos.json",
-            "stage3_short.json", "stage3_middle.json", "stage3_long.jsonl", "text.jsonl",
+            "stage3_short.json", "stage3_middle.json", "stage3_long.jsonl", "text.jsonl", "told.jsonl",
             "val.json", "val_long.json", "test.json", "test_long.json",
         )
     }  # fmt: skip
@@ -172,6 +172,7 @@ def annotate(preset: Preset, seed: int, media: Sequence[Media]) -> dict[str, lis
         files[target].extend(_item(m, questions, 2 + i) for i, questions in enumerate(drawn))
     files["stage2_pairs.json"] = _pairs(preset, [m for m in media if m.split == "train" and m.group == "image"])
     files["text.jsonl"] = texts.text_items(np.random.default_rng((seed, 3)), preset.texts)
+    files["told.jsonl"] = texts.told_items(preset, seed)
     return files
 
 
@@ -215,6 +216,7 @@ def _stages(files: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
         # Short films only: four to twelve frames a row, what a small model learns from on two cores.
         "short.yaml": (("stage3_short.json", "all"),),
         # One kind each, so that every batch has one shape and a small model meets the easy things first.
+        "told.yaml": (("told.jsonl", "all"),),
         "images.yaml": (("stage2_images.json", "all"),),
         "middle.yaml": (("stage3_middle.json", "all"),),
         "long.yaml": (("stage3_long.jsonl", "all"),),
@@ -227,20 +229,9 @@ def _stages(files: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
             if not files[name]:
                 continue
             text += f"  - json_path: {name}\n    sampling_strategy: {strategy}\n"
-            if name != "text.jsonl":
+            if name not in ("text.jsonl", "told.jsonl"):
                 text += f"    data_root: {'images' if 'image' in files[name][0] else 'videos'}\n"
         out[stage] = text
-    return out
-
-
-def _share(weights: dict[str, float], number: int) -> list[str]:
-    """Names in proportion to their weights, interleaved so that every prefix is in proportion too."""
-    total, given = sum(weights.values()), dict.fromkeys(weights, 0)
-    out = []
-    for i in range(number):
-        name = max(weights, key=lambda n: weights[n] / total * (i + 1) - given[n])
-        given[name] += 1
-        out.append(name)
     return out
 
 

@@ -18,6 +18,7 @@ class Preset:
     long_recipes: dict[str, float]
     weights: dict[str, float]  # how often each kind of question is asked where it makes sense; see questions.choose
     texts: int = 60  # text-only conversations
+    told: int = 0  # films told in words; see texts.told_items
     vocabulary: int = 512  # of the tokenizer, at most; as many rows as the model's embedding has
     px: int = 96
     short_s: tuple[float, float] = (4.0, 12.5)  # 4 to 12 frames at 1 fps; one length alone does not generalize
@@ -61,6 +62,7 @@ HICO_NANO = Preset(
     test=(400, 48, 0),
     px=112,
     texts=400,
+    told=24000,
     vocabulary=1024,
     long_s=(32.0, 512.0),
     recipes={

@@ -292,10 +292,14 @@ def paper_chain(
     )  # fmt: skip
 
 
+def told_way(chain: Sequence[Card]) -> str:
+    """The cards of a chain one by one, then what the last one shows: "red, blue: blue circle"."""
+    return f"{_walk(chain)}: {chain[-1].colour} {chain[-1].content}"
+
+
 def thinking(question: str, letter: str, chain: Sequence[Card]) -> tuple[str, str]:
     """A question about a chain that asks for the way as well, and the answer that follows it: one card at a time."""
-    last = chain[-1]
-    return question.removesuffix(TAIL) + THINK, f"{_walk(chain)}: {last.colour} {last.content} ({letter})"
+    return question.removesuffix(TAIL) + THINK, f"{told_way(chain)} ({letter})"
 
 
 def choose(

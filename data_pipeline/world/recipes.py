@@ -14,8 +14,9 @@ In: a recipe's name and seeds. Out: `Scene`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -36,6 +37,7 @@ SPLITS = ("train", "val", "test")
 _CONTENTS = (*SHAPES, *DIGITS, *LETTERS, *WORDS)
 
 
+@functools.cache
 def held_out(colour: str, content: str) -> bool:
     """True for the pairs that only test scenes show.
 
@@ -239,3 +241,14 @@ def make_scene(recipe: str, *, seed: int, split: str, index: int, look: Look = L
     if recipe not in RECIPES:
         raise ValueError(f"recipe is {recipe!r}; it must be one of {', '.join(RECIPES)}")
     return RECIPES[recipe](Dice(seed, split, index, look))
+
+
+def in_proportion(weights: Mapping[str, float], number: int) -> list[str]:
+    """Names in proportion to their weights, interleaved so that every prefix is in proportion too."""
+    total, given = sum(weights.values()), dict.fromkeys(weights, 0)
+    out = []
+    for i in range(number):
+        name = max(weights, key=lambda n: weights[n] / total * (i + 1) - given[n])
+        given[name] += 1
+        out.append(name)
+    return out

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.world.presets import PRESETS, Preset
-from data_pipeline.world.questions import KINDS, choose
-from data_pipeline.world.recipes import SPLITS, Look, make_scene
+from data_pipeline.world.questions import KINDS, ask, choose, conversation
+from data_pipeline.world.recipes import SPLITS, Look, in_proportion, make_scene
 from data_pipeline.world.scene import COLOURS, DIGITS, SHAPES
 
 _OPPOSITES = {"left": "right", "right": "left", "up": "down", "down": "up", "first": "last", "yes": "no", "no": "yes"}
+_TOLD = 1 << 24  # told films have numbers of their own
+_SEEN_ONLY = ("when", "part", "caption", "blinks")  # what a caption does not tell
 _FACTS: tuple[tuple[str, str], ...] = (
     *((f"Is {c} a colour or a shape?", "colour") for c in COLOURS),
     *((f"Is {s} a colour or a shape?", "shape") for s in SHAPES),
@@ -32,6 +34,28 @@ def text_items(rng: np.random.Generator, number: int) -> list[dict[str, Any]]:
         question, answer = _FACTS[int(k)]
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         items.append({"id": f"text_{i:05d}", "conversations": turns})
+    return items
+
+
+def told_items(preset: Preset, seed: int) -> list[dict[str, Any]]:
+    """Annotation items about films that are told, not shown: the caption in words, then the same questions.
+
+    What a language model knows before it sees: to follow hints, and to give the letter of the option it means. From
+    films alone a small model learns neither in minutes (docs/nano.md).
+    """
+    look = Look(1, 1.0, preset.middle_s, preset.card_s, preset.contents, preset.written)
+    items = []
+    for i, recipe in enumerate(in_proportion(preset.middle_recipes, preset.told)):
+        scene = make_scene(recipe, seed=seed, split=SPLITS[0], index=_TOLD + i, look=look)
+        rng = np.random.default_rng((scene.seed, 5))
+        weights = {kind: w for kind, w in preset.weights.items() if kind not in _SEEN_ONLY}
+        caption = ask("caption", scene)
+        questions = choose(
+            scene, weights, rng, turns=preset.turns, choice_share=0.3, paper_share=0.6, think_share=preset.think_share
+        )  # fmt: skip
+        if caption and questions:
+            turns = conversation(questions, media=f"The video shows {caption.answer}.\n")
+            items.append({"id": f"told_{i:05d}", "conversations": turns})
     return items
 
 

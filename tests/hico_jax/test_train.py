@@ -258,6 +258,14 @@ def test_a_list_of_batches_of_two_shapes_and_an_evaluation(
         train.fit(longer, batches, devices=ONE)
 
 
+def test_bfloat16_on_a_cpu_is_refused_before_anything_is_made(tmp_path: pathlib.Path) -> None:
+    asked = experiment(tmp_path)
+    asked = dataclasses.replace(asked, model=dataclasses.replace(MODEL, dtype="bfloat16"))
+    with pytest.raises(ValueError, match=r"model.dtype is 'bfloat16', .* on a CPU; set it to 'float32'"):
+        train.fit(asked, [], devices=ONE)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: pathlib.Path) -> None:
     def poisoned(seed: int) -> Item:
         batch = fake(seed)

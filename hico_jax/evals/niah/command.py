@@ -36,6 +36,10 @@ CONTROLS = (
     "*shuffled* mixes the frames of film and needle, *dropped* drops every visual token after the second layer, "
     "*blind* shows no film. They meet each needle at one depth, which goes round with the needles."
 )
+WAYS = (
+    "*Followed*: the share of hints followed before the first one missed. *Whole way*: no hint missed. "
+    "*Last card*: its colour and shape are right. *Letter*: the option given after that is the right one."
+)
 WORLD_SEED = 70_000  # of cards; films of the demo's tests have other seeds
 
 
@@ -184,6 +188,7 @@ def tell(
     summary["differences"] = compared or {}
     if grid.chains:
         summary["joint"] = trials.joint(lines, grid)
+        summary["ways"] = trials.ways(lines, grid)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     rows, columns = [_depth(d) for d in grid.places], [f"{f:,}" for f in grid.frames]
     names = {"x_label": "frames", "y_label": "" if grid.chains else "depth"}
@@ -208,6 +213,8 @@ def tell(
     ]  # fmt: skip
     if grid.chains:
         sections.append({"title": "Captions, questions, both", "blocks": [_joint(summary["joint"])]})
+        if summary["ways"]:
+            sections.append({"title": "The way", "text": WAYS, "blocks": [_ways(summary["ways"])]})
     sections.append({"title": "Questions and frames", "blocks": shown})
     sections.append({"title": "Answers", "blocks": [{
         "kind": "table", "columns": ["trial", "expected", "said", "forced", "log-probability"],
@@ -232,6 +239,10 @@ def tell(
     for insertion, scores in totals.items():
         said = ", ".join(f"{s} {percent(v)}" for s, v in scores.items())
         print(f"  {insertion:9} {said}, {scores['forced']['number']} questions")
+    for insertion, found in summary.get("ways", {}).items():
+        for row in found:
+            said = ", ".join(f"{name} {percent(row[name])}" for name in ("followed", "whole", "named", "letter"))
+            print(f"  {insertion:9} {row['frames']:,} frames: {said}")
     print(path)
 
 
@@ -282,6 +293,15 @@ def _differences(compared: Mapping[str, Mapping[str, paired.Difference]], grid: 
     rows = [[name, *map(paired.starred, by.values())] for name, by in compared.items()]
     columns = ["control", *(f"needle in the {grid.level}s − control, {s}" for s in trials.SCORINGS)]
     return [{"kind": "table", "columns": columns, "rows": rows, "caption": paired.NOTE}] if rows else []
+
+
+def _ways(ways: dict[str, Any]) -> page.Table:
+    columns = ["followed", "whole", "named", "letter"]
+    rows = [
+        [f"{insertion}, {row['frames']:,} frames", *(percent(row[c]) for c in columns)]
+        for insertion, found in ways.items() for row in found
+    ]  # fmt: skip
+    return {"kind": "table", "columns": ["", "followed", "whole way", "last card", "letter"], "rows": rows}
 
 
 def _joint(joint: dict[str, Any]) -> page.Table:

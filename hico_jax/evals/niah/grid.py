@@ -213,6 +213,25 @@ def differences(lines: Sequence[Line], grid: Grid, needles: Sequence[str]) -> di
     return found
 
 
+def ways(lines: Sequence[Line], grid: Grid) -> dict[str, list[dict[str, Any]]]:
+    """Of thoughts about chains whose way is known, by insertion and length: how far they follow, what they end with.
+
+    `followed` is the share of hints followed before the first one missed, `whole` how often none is missed, `named` how
+    often the last card is described rightly, `letter` how often the letter after that is the right one.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for insertion, frames in itertools.product((*grid.insertions, *grid.controls), grid.frames):
+        cell = insertion, frames * (insertion != BLIND)
+        mine = [x for x in lines if (x["insertion"], x["frames"]) == cell and x.get("followed") is not None]
+        if mine:
+            found.setdefault(insertion, []).append({
+                "frames": cell[1], "followed": mean([x["followed"] for x in mine]),
+                "whole": share([x["followed"] == 1 for x in mine]), "named": share([x["named"] for x in mine]),
+                "letter": share([x["generated"] for x in mine]),
+            })  # fmt: skip
+    return found
+
+
 def joint(lines: Sequence[Line], grid: Grid) -> dict[str, list[dict[str, Any]]]:
     """Of chains, by insertion and length: caption and question scores, their mean, how often both or one is right."""
     found: dict[str, list[dict[str, Any]]] = {}

@@ -16,7 +16,7 @@ from PIL import Image
 
 from data_pipeline.image import pad_square, read_image, resize
 from data_pipeline.world import draw
-from data_pipeline.world.questions import TAIL, THINK, paper_chain, paper_needle
+from data_pipeline.world.questions import TAIL, THINK, paper_chain, paper_needle, told_way
 from data_pipeline.world.scene import COLOURS, SHAPES, Card
 from hico_jax.evals.bench import annotations
 from hico_jax.shapes import UInt8, ndarray
@@ -29,6 +29,7 @@ class Asked:
     name: str
     question: str
     answer: str
+    way: str = ""  # of a chain, where it is known: its cards and the last one's content, see `questions.told_way`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +124,9 @@ def world_chains(number: int, hops: int, px: int, seed: int, *, decoys: int = 0)
         pictures = [draw.still(card, px) for card in cards]
         order = rng.permutation(len(cards))
         caption, last = paper_chain(cards[:hops], rng, cards[hops:])
-        found.append(
-            Needle(
-                f"chain{i}", tuple(pictures[j] for j in order), (Asked("caption", *caption), Asked("question", *last))
-            )
-        )
+        way = told_way(cards[:hops])
+        asked = Asked("caption", *caption, way), Asked("question", *last, way)
+        found.append(Needle(f"chain{i}", tuple(pictures[j] for j in order), asked))
     return found
 
 

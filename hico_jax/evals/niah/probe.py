@@ -11,6 +11,7 @@ Next: hico_jax/evals/niah/grid.py
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import time
 from typing import Any
@@ -51,6 +52,8 @@ class Found:
     visual_tokens: int
     prompt_tokens: int
     seconds: float  # prefill and both scores
+    followed: float | None = None  # of a thought: the share of the hints followed before the first one missed
+    named: bool | None = None  # of a thought: whether it describes the last card rightly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +117,7 @@ class Probe:
             visual_tokens=int((row.slots >= 0).sum()),
             prompt_tokens=len(row),
             seconds=time.perf_counter() - began,
+            **(walked(said, asked.way) if self.think and asked.way else {}),
         )
 
 
@@ -143,6 +147,21 @@ def concluded(said: str) -> str:
     """
     letters = re.findall(r"\(([A-H])\)", said)
     return letters[-1] if letters else ""
+
+
+def walked(said: str, way: str) -> dict[str, Any]:
+    """How far a thought follows the right way, and whether it ends with the right card: fields of `Found`.
+
+    Example:
+      >>> walked("red, blue, cyan: cyan star (A)", "red, blue, white: white ring")
+      {'followed': 0.5, 'named': False}
+    """
+    steps, last = (part.strip() for part in way.split(":"))
+    said_steps, _, conclusion = said.partition(":")
+    right, found = ([step.strip() for step in text.split(",")] for text in (steps, said_steps))
+    same = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(right, found, strict=False)))
+    named = re.sub(r"\([A-H]\)", "", conclusion).strip() == last
+    return {"followed": max(0, len(same) - 1) / (len(right) - 1), "named": named}
 
 
 def _same(found: str, answer: str) -> bool:

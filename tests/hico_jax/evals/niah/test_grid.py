@@ -144,3 +144,17 @@ def test_pixels_are_kept_only_where_a_needle_cuts() -> None:
     hidden = needles.world(1, 32, 0)
     assert tried.kept(hidden, 4) == {0, 1, 2, 3, *range(8, 16)}  # every phase of a clip, but never the second one
     assert grid.Grid((16,), (0.7,), ("feature",)).kept(hidden, 4) == set()
+
+
+def test_ways_of_thoughts() -> None:
+    tried = grid.Grid((8,), (), ("pixel",), chains=True)
+    told = [(1.0, True, True), (0.5, True, False), (0.0, False, False), (0.5, False, True)]
+    lines = [
+        {"insertion": "pixel", "frames": 8, "needle": str(n), "followed": f, "named": named, "generated": letter}
+        for n, (f, named, letter) in enumerate(told)
+    ]  # fmt: skip
+    (row,) = grid.ways([*lines, {"insertion": grid.CONTROL, "frames": 8, "followed": None}], tried)["pixel"]
+    assert {name: row[name]["share"] for name in ("followed", "whole", "named", "letter")} == {
+        "followed": 0.5, "whole": 0.25, "named": 0.5, "letter": 0.5,
+    }  # fmt: skip
+    assert grid.ways([], tried) == {}

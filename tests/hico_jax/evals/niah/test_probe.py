@@ -106,3 +106,23 @@ def test_a_thought_is_judged_by_what_is_said(
     thinker = probe.Probe(asked_model, words, think=True, max_thought_tokens=12)
     found = thinker.ask(*trial, Asked("caption", "Which?", "A"))
     assert found.forced == found.generated == (probe.concluded(found.answer) == "A")
+    assert (found.followed, found.named) == (None, None), "nobody said what the way is"
+    asked = Asked("caption", "Which?", "A", "red, blue: blue circle")
+    found = thinker.ask(*trial, asked)
+    assert {"followed": found.followed, "named": found.named} == probe.walked(found.answer, asked.way)
+
+
+@pytest.mark.parametrize(
+    ("said", "followed", "named"),
+    [
+        ("red, blue, white: white ring (B)", 1.0, True),
+        ("red, blue, cyan: white ring (B)", 0.5, True),
+        ("red, cyan, white: white star (B)", 0.0, False),
+        ("red, blue, white, white: white ring", 1.0, True),
+        ("blue, white: white ring (B)", 0.0, True),
+        ("B", 0.0, False),
+        ("", 0.0, False),
+    ],
+)
+def test_how_far_a_thought_follows(said: str, followed: float, named: bool) -> None:
+    assert probe.walked(said, "red, blue, white: white ring") == {"followed": followed, "named": named}
