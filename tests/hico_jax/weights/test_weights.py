@@ -10,7 +10,7 @@ import pytest
 import hico_jax
 from data_pipeline.tokenizer import load_tokenizer
 from hico_jax import ask, weights
-from hico_jax.convert import hf_config, load
+from hico_jax.convert import export, hf_config, load
 from hico_jax.demo.measure import WHOLE
 from hico_jax.evals import needle
 from hico_jax.film import Viewer
@@ -53,7 +53,9 @@ def test_what_ships_is_small_and_fits_together() -> None:
     assert sum(path.stat().st_size for path in folder.iterdir()) <= SIZE
     raw = json.loads((folder / "config.json").read_text())
     config = hf_config.from_raw(raw, folder.name)
-    assert load_tokenizer(folder).vocab_size <= config.llm.vocab_size
+    words = load_tokenizer(folder)
+    assert words.vocab_size <= config.llm.vocab_size
+    assert (folder / export.GENERATION).read_text() == export.generation_text(words.eos_ids)
     assert config.geometry().tokens_per_clip == 16 * config.vision.frames_per_clip
     load.load(folder)  # every tensor that the configuration describes is there, and no other
     assert "<FIGURE" not in (folder / "MODEL_CARD.md").read_text()
