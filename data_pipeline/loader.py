@@ -224,8 +224,8 @@ class Plan:
         if self.hosts > 1 and (not self.fixed or self.geometry.drop.num_stages):
             for place in range(first, first + self.hosts):
                 if place != first + self.host:
-                    with contextlib.ExitStack() as held:
-                        others, _ = self._lay_out_all(self.index.row(step, place), epoch, held)
+                    with contextlib.ExitStack() as files:
+                        others, _ = self._lay_out_all(self.index.row(step, place), epoch, files)
                     sizes = sizes.union(self._sizes(layout.pack([lay.row for lay in others], self.geometry)))
         return Made(mine, layout.pack(rows, self.geometry), sizes, tuple(fault for _, fault in parts))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import pathlib
 import socket
@@ -51,14 +50,13 @@ class Served:
     def client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
 
-    def raw(self, text: bytes, wait_s: float = 5.0) -> bytes:
-        """What comes back for bytes as they stand, until the connection is closed."""
-        with socket.create_connection(("127.0.0.1", self.port), wait_s) as wire:
+    def raw(self, text: bytes) -> bytes:
+        """What comes back for bytes as they stand, until the server closes the connection; it must."""
+        with socket.create_connection(("127.0.0.1", self.port), 60) as wire:
             wire.sendall(text)
             found = b""
-            with contextlib.suppress(TimeoutError):
-                while piece := wire.recv(1 << 16):
-                    found += piece
+            while piece := wire.recv(1 << 16):
+                found += piece
             return found
 
     def post(self, body: bytes, path: str = "/v1/chat/completions", **headers: str) -> tuple[int, dict[str, Any]]:
@@ -225,10 +223,8 @@ def test_bodies_and_clients_that_are_refused(served: Served) -> None:
     assert served.post(ok, origin="http://evil.example")[0] == 403
     status, told = served.post(ok[:10], content_length=str(len(ok)))  # the rest never comes
     assert (status, told["error"]["message"]) == (408, "nothing more of the body came for 0.5 s")
-    began = time.monotonic()
-    assert served.raw(b"POST /v1/chat") == b""  # a head that never ends
+    assert served.raw(b"POST /v1/chat") == b""  # a head that never ends: the connection is closed
     assert served.raw(b"") == b""
-    assert time.monotonic() - began < 4
     assert b" 404 " in served.raw(b"GET /../../etc/passwd HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
     assert b" 405 " in served.raw(b"PUT /v1/files HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
 
