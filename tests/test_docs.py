@@ -15,7 +15,9 @@ from hico_jax.plan import run as plan
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = sorted(
-    page for part in ("README.md", "docs/*.md", "launch/**/*.md", "hico_jax/**/*.md") for page in ROOT.glob(part)
+    page
+    for part in ("README.md", "docs/*.md", "launch/**/*.md", "hico_jax/**/*.md", "data_pipeline/*.md")
+    for page in ROOT.glob(part)
 )
 PROGRAM = re.compile(r"(?:^|[\s=])(?:\.venv/bin/)?(hico|pytest|python3?|bash)\s+(.*)")
 

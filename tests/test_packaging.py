@@ -18,6 +18,7 @@ def test_every_file_that_is_no_python_is_package_data() -> None:
     for name in packages:
         folder = ROOT / name
         there = {p for p in folder.rglob("*") if p.is_file() and p.suffix != ".py" and "__pycache__" not in p.parts}
+        there = {p for p in there if p.name != "README.md"}  # for those who read the source
         packed = {p for pattern in patterns.get(name, []) for p in folder.glob(pattern) if p.suffix != ".py"}
         packed = {p for p in packed if "__pycache__" not in p.parts}
         assert {str(p.relative_to(ROOT)) for p in there - packed} == set()
