@@ -212,8 +212,8 @@ class Plan:
         epoch = self.index.locate(step)[0]
         first = local * self.hosts
         mine = self.index.row(step, first + self.host)
-        with contextlib.ExitStack() as held:  # its files, from their headers to their pixels
-            laid, faults = self._lay_out_all(mine, epoch, held)
+        with contextlib.ExitStack() as files:  # from their headers to their pixels
+            laid, faults = self._lay_out_all(mine, epoch, files)
             sizes = self._sizes(layout.pack([lay.row for lay in laid], self.geometry))
             held = self._held(step, epoch, [lay.row.num_clips for lay in laid])
             parts = [self._read(lay, fault, some) for lay, fault, some in zip(laid, faults, held, strict=True)]
@@ -224,8 +224,8 @@ class Plan:
         if self.hosts > 1 and (not self.fixed or self.geometry.drop.num_stages):
             for place in range(first, first + self.hosts):
                 if place != first + self.host:
-                    with contextlib.ExitStack() as held:
-                        others, _ = self._lay_out_all(self.index.row(step, place), epoch, held)
+                    with contextlib.ExitStack() as files:
+                        others, _ = self._lay_out_all(self.index.row(step, place), epoch, files)
                     sizes = sizes.union(self._sizes(layout.pack([lay.row for lay in others], self.geometry)))
         return Made(mine, layout.pack(rows, self.geometry), sizes, tuple(fault for _, fault in parts))
 
@@ -235,13 +235,14 @@ class Plan:
             return [None] * len(counts)
         most = 0
         if len(self.config.clip_buckets) != 1:
-            if step not in self._rooms:
+            if (known := self._rooms.get(step)) is None:
                 for place in range(self.config.batch_size):
                     with contextlib.ExitStack() as files:
                         laid = self._lay_out_all(self.index.row(step, place), epoch, files)[0]
                     most = max(most, sum(lay.row.num_clips for lay in laid))
                 self._rooms = {k: v for k, v in self._rooms.items() if k > step - 64} | {step: most}
-            most = self._rooms.get(step, most)
+            else:  # looked up once: a reader that is far ahead forgets old steps
+                most = known
         return together.split(self.share(buckets.bucket(most, self.config.clip_buckets, 1)), counts)
 
     def _lay_out_all(

@@ -11,14 +11,19 @@ from typing import Any
 
 from flax import nnx
 
-from hico_jax import registry
+from hico_jax import registry, weights
 from hico_jax.models import layers
 
 
 def main(args: argparse.Namespace) -> None:
     """Print every entry of `registry.MODELS`."""
     rows = [row(name) for name in registry.MODELS]
-    print(json.dumps(rows, indent=1) if args.json else table(rows))
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    print(table(rows))
+    if there := [name for name in weights.NAMES if weights.shipped(name)]:
+        print(f"\nTrained weights that ship, for --model: {', '.join(there)}.")
 
 
 def row(name: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import difflib
 import json
 import math
 import os
+import pathlib
 import types
 import typing
 import warnings
@@ -220,11 +221,12 @@ def from_flags(argv: Sequence[str]) -> Experiment:
 def _parse_flags(argv: Sequence[str]) -> ConfigDict:
     values = flags.FlagValues()
     command = ["hico train", *argv]
+    for i, name in enumerate(command):
+        if name == "--config" and i + 1 < len(command):
+            command[i + 1] = _file(command[i + 1])
+        elif name.startswith("--config=") and name != "--config=":
+            command[i] = f"--config={_file(name.removeprefix('--config='))}"
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=command)
-    for name, value in zip(argv, [*argv[1:], ""], strict=False):
-        given = value if name == "--config" else name.removeprefix("--config=") if name.startswith("--config=") else ""
-        if given and not os.path.isfile(given.split(":")[0]):
-            raise ValueError(f"there is no configuration file {given.split(':')[0]}; configs/ holds one for each stage")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # ml_collections loads the file by an old API
@@ -239,6 +241,22 @@ def _parse_flags(argv: Sequence[str]) -> ConfigDict:
     if rest[1:]:
         raise ValueError(f"unexpected argument {rest[1]!r}; flags read --config.section.field=value")
     return values.config
+
+
+def _file(given: str) -> str:
+    """A configuration file and its argument; `configs/NAME.py` from any folder is what came with the package.
+
+    Raises:
+      ValueError: there is no such file.
+    """
+    name, colon, argument = given.partition(":")
+    if os.path.isfile(name):
+        return given
+    ours = pathlib.Path(__file__).parents[1] / "configs"
+    known = sorted(path.name for path in ours.glob("*.py") if path.stem not in ("__init__", "common"))
+    if (parts := pathlib.PurePath(name).parts)[:1] == ("configs",) and parts[1:] and parts[1] in known:
+        return f"{ours / parts[1]}{colon}{argument}"
+    raise ValueError(f"there is no configuration file {name}; configs/ holds {', '.join(known)}")
 
 
 def _optional(hint: Any) -> type | None:

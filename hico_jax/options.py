@@ -180,7 +180,7 @@ def compress_options(parser: argparse.ArgumentParser) -> None:
         help="of the methods that drop, for example 4,18:1,0.5,0.25 (the model's own)",
     )  # fmt: skip
     parser.add_argument(
-        "--pairs", metavar="A:B,C:D", help="methods whose difference is told (each with the first; drops with the even)"
+        "--pairs", metavar="A:B,C:D", help="methods to compare (each with the first; drops with drop-uniform)"
     )
     parser.add_argument("--max-frames", metavar="N", type=positive, help="at most this many frames of a video")
     parser.add_argument("--seed", type=count, default=0, help="of the made-up world (%(default)s)")

@@ -84,7 +84,7 @@ MODELS: dict[str, Entry] = {
         "tome16", "InternVL_2_5_HiCo_R16", "Frames are encoded alone and merged in fours; the base of InternVideo2.5."
     ),
     "internvl_hico_r64": _internvl("tome64", "InternVL_2_5_HiCo_R64", "The same with 64 tokens a frame."),
-    "nano": _toy("nano", "Trains on a laptop CPU in minutes; the demo's model."),
+    "nano": _toy("nano", "Trains on a laptop CPU in minutes: `hico demo --train`."),
     "nano_hd": _toy("nano-hd", "nano at 80 pixels, for its stage 4."),
     "hico_nano": _hico_nano("hico-nano", "11 million parameters; `launch/nano.sh` trains it on one GPU."),
     "hico_nano_hd": _hico_nano("hico-nano-hd", "hico_nano at 112 pixels, for its stage 4."),

@@ -85,7 +85,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "hico_jax.plan": ("hico_jax", "configs"),
     "hico_jax.report": (),
     "hico_jax.doctor": (),
-    "hico_jax.catalog": ("hico_jax.registry", "hico_jax.models.layers"),
+    "hico_jax.catalog": ("hico_jax.registry", "hico_jax.models.layers", "hico_jax.weights"),
     "hico_jax.data": ("hico_jax.registry", "data_pipeline"),
     "hico_jax.world": ("hico_jax.report.progress", "data_pipeline.world"),
     "hico_jax.ask": ("hico_jax", "data_pipeline"),

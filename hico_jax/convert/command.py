@@ -11,7 +11,7 @@ import dataclasses
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -128,7 +128,7 @@ def main_export(args: argparse.Namespace) -> int:
         try:
             receipt = export.write_released(
                 config, leaves, target, raw=released, files=side, dtype=args.dtype, overwrite=args.overwrite,
-                max_shard_bytes=args.max_shard_bytes, language_only=args.part == "llm",
+                max_shard_bytes=args.max_shard_bytes, language_only=args.part == "llm", eos=_ends(side, released),
             )  # fmt: skip
         except checkpoint.DamagedError as error:  # known only when its array is read; nothing was left
             reason = str(error)
@@ -139,6 +139,15 @@ def main_export(args: argparse.Namespace) -> int:
             print(f"note: the reference's code drops by the whole row, not by {config.drop.shares} shares of it")
         return 0
     raise ValueError(f"{reason}; there is no other one to export")
+
+
+def _ends(side: Sequence[pathlib.Path], released: Mapping[str, Any] | None) -> tuple[int, ...]:
+    """What ends an answer, from the tokenizer, where neither a file nor `config.json` says it."""
+    found = {path.name: path.parent for path in side}
+    if export.GENERATION in found or "eos_token_id" in (released or {}):
+        return ()
+    folder = found.get("tokenizer.json") or found.get("tokenizer.model")
+    return load_tokenizer(folder).eos_ids if folder else ()
 
 
 def _on_disk(source: pathlib.Path, raw: Mapping[str, Any], config: HiCoConfig) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def export(
     dtype: str | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
+    eos: Sequence[int] = (),
 ) -> pathlib.Path:
     """Write the model in the reference's layout and return the folder.
 
@@ -43,6 +44,7 @@ def export(
       raw: `config.json` as `load` returned it; its unknown keys are kept.
       files: further files to copy in (tokenizer, generation settings).
       dtype: of the tensors written; None keeps the parameters' own.
+      eos: tokens that end an answer, for `generation_config.json`, where neither `files` nor `raw` tell them.
 
     Raises:
       ValueError: the folder holds something and `overwrite` is off, a file to copy is missing, or the model has
@@ -50,7 +52,7 @@ def export(
     """
     write_released(
         model.config, load.by_path(nnx.split(model)[1]), folder,
-        raw=raw, files=files, dtype=dtype, overwrite=overwrite, max_shard_bytes=max_shard_bytes,
+        raw=raw, files=files, dtype=dtype, overwrite=overwrite, max_shard_bytes=max_shard_bytes, eos=eos,
     )  # fmt: skip
     return pathlib.Path(os.path.abspath(folder))
 
@@ -66,6 +68,7 @@ def write_released(
     overwrite: bool = False,
     max_shard_bytes: int = 5_000_000_000,
     language_only: bool = False,
+    eos: Sequence[int] = (),
 ) -> native.Receipt:
     """`export` of parameters by path, which may be on disk: then a layer, or a parameter (`lazy`), is in memory.
 
@@ -85,13 +88,20 @@ def write_released(
     with new_folder(folder, sum(int(np.prod(shape)) * kind.itemsize for kind, shape in specs.values())) as temporary:
         copy_files(files, temporary)
         if not (temporary / GENERATION).exists():
-            plain = json.dumps({"_from_model_config": True}, indent=2) + "\n"
-            safetensors_io.write_atomically(temporary / GENERATION, plain.encode())
+            ends = text.get("eos_token_id") or eos
+            safetensors_io.write_atomically(temporary / GENERATION, generation_text(ends).encode())
         encoded = (json.dumps(text, indent=2, ensure_ascii=False) + "\n").encode()
         safetensors_io.write_atomically(temporary / load.CONFIG, encoded)
         read = _reader(found, specs, tally)
         safetensors_io.write_tensors(temporary, specs, read, max_shard_bytes=max_shard_bytes)
     return tally.receipt()
+
+
+def generation_text(eos: int | Sequence[int]) -> str:
+    """A `generation_config.json` that says which tokens end an answer, if any are known."""
+    ends = [eos] if isinstance(eos, int) else list(eos)
+    told = {"_from_model_config": True} | ({"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {})
+    return json.dumps(told, indent=2) + "\n"
 
 
 def copy_files(files: Sequence[str | os.PathLike[str]], folder: pathlib.Path) -> None:

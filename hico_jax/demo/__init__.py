@@ -74,15 +74,18 @@ def main(args: argparse.Namespace) -> int:
 def show(args: argparse.Namespace) -> int:
     """An answer from the shipped model; needs a folder of its own.
 
+    A film of another seed takes the place of the last one; what was compiled, and whatever else lies there, stays.
+
     Raises:
       ValueError: the folder holds something else.
     """
     began = time.monotonic()
     out = pathlib.Path(args.out or "runs/nano")
     settings = {"size": "shipped", "seed": args.seed}
-    mark = out / MARK
-    mine = mark.is_file() and json.loads(mark.read_text()).get("size") == "shipped"
-    prepare(out, settings, fresh=mine)  # --fresh never deletes a training demo here
+    if held(out).get("size") == "shipped" and not args.fresh:
+        (out / MARK).write_text(json.dumps(settings) + "\n")
+    else:
+        prepare(out, settings, fresh=held(out).get("size") == "shipped")  # --fresh never deletes a training demo here
     _environment(out)
     from hico_jax.demo import shipped  # it imports JAX, which reads the environment
 
@@ -105,18 +108,26 @@ def prepare(out: pathlib.Path, settings: dict[str, Any], *, fresh: bool) -> None
       ValueError: it holds other files, or a demo with other settings.
     """
     mark = out / MARK
-    if out.exists() and any(out.iterdir()) and not mark.is_file():
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not mark.is_file():
         raise ValueError(f"{out} holds other files; choose another folder with --out")
     if mark.is_file() and fresh:
         shutil.rmtree(out)
-    if mark.is_file() and json.loads(mark.read_text()) != settings:
+    if mark.is_file() and held(out) != settings:
         raise ValueError(
             f"{out} holds a demo with other settings ({mark.read_text().strip()}); add --fresh to start over, or "
-            f"choose "
-            "another folder with --out"
+            "choose another folder with --out"
         )
     out.mkdir(parents=True, exist_ok=True)
     mark.write_text(json.dumps(settings) + "\n")
+
+
+def held(out: pathlib.Path) -> dict[str, Any]:
+    """The settings of the demo that a folder holds; empty without one, or where they cannot be read."""
+    try:
+        found = json.loads((out / MARK).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class Run:

@@ -253,7 +253,9 @@ def controls(out: pathlib.Path, plan: Plan, seed: int) -> dict[str, Any]:
 def export_and_reload(out: pathlib.Path, plan: Plan, seed: int) -> dict[str, Any]:
     """Safetensors in the reference's layout, read back, and the same questions asked of both."""
     v = viewer(out, plan)
-    folder = export.export(v.model, out / "model", files=[out / "world" / "tokenizer.json"], overwrite=True)
+    folder = export.export(
+        v.model, out / "model", files=[out / "world" / "tokenizer.json"], overwrite=True, eos=v.tokenizer.eos_ids
+    )
     loaded = load.load(folder)
     again = with_model(v, loaded.model)
     equal = jax.tree.map(

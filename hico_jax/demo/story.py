@@ -38,11 +38,9 @@ def write(out: pathlib.Path, plan: Plan, results: Results, seconds: Mapping[str,
     report: page.Report = {
         "title": "A small model watches long films",
         "lead": (
-            "This page was made by `hico demo` on this machine, from nothing: videos were drawn and encoded as H.264, "
-            "a model of "
-            "about a million parameters went through the four training stages of VideoChat-Flash, and was then asked "
-            "about "
-            "films it never saw. Every number below was computed in this run."
+            "This page was made by `hico demo --train` on this machine, from nothing: videos were drawn and encoded as "
+            "H.264, a model of about a million parameters went through the four training stages of VideoChat-Flash, "
+            "and was then asked about films it never saw. Every number below was computed in this run."
         ),
         "facts": [
             {"value": tables.percent(grid["share"]), "label": f"of {grid['asked']} needle questions right"},

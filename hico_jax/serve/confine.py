@@ -26,33 +26,43 @@ _LOAD, _AND, _EQUAL, _FROM, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x06  # linux/filt
 _NUMBER, _ARCH = 0, 4  # places in struct seccomp_data
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
-# Calls of every architecture since io_uring are numbered alike: io_uring_setup, pidfd_open, openat2, pidfd_getfd,
-# fchmodat2; what they can do is what the older calls below are refused.
-_NEWER = (425, 434, 437, 438, 452)
-# Per machine: its AUDIT_ARCH, refused calls, and calls that open a file with the place of their flags.
-_MACHINES: dict[str, tuple[int, tuple[int, ...], dict[int, int]]] = {
+# Calls of every architecture since io_uring are numbered alike: pidfd_send_signal, io_uring_setup, pidfd_open, openat2,
+# pidfd_getfd, process_madvise, fchmodat2, setxattrat, removexattrat; what they can do is what the older calls below are
+# refused.
+_NEWER = (424, 425, 434, 437, 438, 440, 452, 463, 466)
+# Per machine: its AUDIT_ARCH, refused calls, calls that open a file with the place of their flags, and calls about a
+# process that are allowed about the caller (0).
+_MACHINES: dict[str, tuple[int, tuple[int, ...], dict[int, int], tuple[int, ...]]] = {
     "x86_64": (
         0xC000003E,
         (
             41, 42, 49, 50, 53,  # socket connect bind listen socketpair
             59, 322, 62, 101, 310, 311,  # execve execveat kill ptrace process_vm_readv process_vm_writev
+            200, 234, 129, 297,  # tkill tgkill rt_sigqueueinfo rt_tgsigqueueinfo
+            141, 144, 203, 314,  # setpriority sched_setscheduler sched_setaffinity sched_setattr
             76, 77, 82, 83, 84, 85, 86, 87, 88,  # truncate ftruncate rename mkdir rmdir creat link unlink symlink
             90, 91, 92, 93, 94, 132, 133, 235,  # chmod fchmod chown fchown lchown utime mknod utimes
             258, 259, 260, 261, 263, 264, 265, 266, 268, 280, 316,  # the same, relative to a folder
+            188, 189, 190, 197, 198, 199,  # setxattr removexattr and theirs of links and open files
             165, 272, 308, 321,  # mount unshare setns bpf
         ),
         {2: 1, 257: 2},
+        (302,),  # prlimit64
     ),
     "aarch64": (
         0xC00000B7,
         (
             198, 199, 200, 201, 203,  # socket socketpair bind listen connect
             221, 281, 129, 117, 270, 271,  # execve execveat kill ptrace process_vm_readv process_vm_writev
+            130, 131, 138, 240,  # tkill tgkill rt_sigqueueinfo rt_tgsigqueueinfo
+            140, 119, 122, 274,  # setpriority sched_setscheduler sched_setaffinity sched_setattr
+            5, 6, 7, 14, 15, 16,  # setxattr removexattr and theirs of links and open files
             33, 34, 35, 36, 37, 38, 45, 46, 276,  # mknodat mkdirat unlinkat symlinkat linkat renameat (f)truncate
             52, 53, 54, 55, 88,  # fchmod fchmodat fchownat fchown utimensat
             40, 97, 268, 280,  # mount unshare setns bpf
         ),
         {56: 2},
+        (261,),  # prlimit64
     ),
 }  # fmt: skip
 
@@ -93,7 +103,7 @@ def _install(libc: ctypes.CDLL) -> bool:
 
 def program(machine: str) -> bytes:
     """The filter: another architecture's calls and those listed are refused, files open for reading alone."""
-    arch, refused, opening = _MACHINES[machine]
+    arch, refused, opening, of_itself = _MACHINES[machine]
     refuse, one = struct.pack("<HBBI", _RETURN, 0, 0, _REFUSE), lambda *parts: struct.pack("<HBBI", *parts)
     code = [one(_LOAD, 0, 0, _ARCH), one(_EQUAL, 1, 0, arch), refuse, one(_LOAD, 0, 0, _NUMBER)]
     code += [one(_FROM, 0, 1, 0x40000000), refuse]  # x86-64's second set of numbers
@@ -102,4 +112,7 @@ def program(machine: str) -> bytes:
     for call, place in opening.items():
         code += [one(_EQUAL, 0, 4, call), one(_LOAD, 0, 0, 16 + 8 * place), one(_AND, 0, 0, _WRITING)]
         code += [one(_EQUAL, 1, 0, 0), refuse, one(_LOAD, 0, 0, _NUMBER)]
+    for call in of_itself:
+        code += [one(_EQUAL, 0, 3, call), one(_LOAD, 0, 0, 16), one(_EQUAL, 1, 0, 0), refuse]
+        code += [one(_LOAD, 0, 0, _NUMBER)]
     return b"".join([*code, one(_RETURN, 0, 0, _ALLOW)])

@@ -127,7 +127,8 @@ class Store:
         part.write_bytes(data)
         item = self.keep(part, owner, name)
         with self.lock:
-            self.same[key] = item
+            if item.id in self.items:  # another's upload may have needed its room already
+                self.same[key] = item
         return item
 
     def find(self, id: str, owner: str) -> Item:

@@ -20,6 +20,17 @@ def test_every_model_has_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     }
 
 
+def test_what_ships_is_named_below_the_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "table", lambda rows: "the table")
+    monkeypatch.setattr(catalog.registry, "MODELS", {})
+    for there, said in ((True, "the table\n\nTrained weights that ship, for --model: nano.\n"), (False, "the table\n")):
+        monkeypatch.setattr(catalog.weights, "shipped", lambda name, there=there: there)
+        catalog.main(argparse.Namespace(json=False))
+        assert capsys.readouterr().out == said
+
+
 def test_the_table_lines_up() -> None:
     head = {"name": "short", "px": 64, "parameters": 1_184_000, "context": 8192, "source": "", "note": "small"}
     rows = [head, {**head, "name": "a_longer_name", "parameters": 7_920_000_000, "source": "a/b", "note": "big"}]

@@ -111,6 +111,18 @@ def test_flags_choose_and_tune() -> None:
     assert separate.num_steps == 9
 
 
+def test_our_configurations_are_found_from_any_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed program has no checkout around it. A file of the user's own goes first."""
+    monkeypatch.chdir(tmp_path)
+    assert config.from_flags(["--config=configs/debug_tiny.py"]).model_name == "tiny"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "debug_tiny.py").write_text("def get_config():\n    raise ValueError('mine')\n")
+    with pytest.raises(ValueError, match="mine"):
+        config.from_flags(["--config", "configs/debug_tiny.py"])
+    with pytest.raises(ValueError, match=r"no configuration file configs/common\.py; configs/ holds debug_tiny\.py, "):
+        config.from_flags(["--config=configs/common.py"])
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -125,7 +125,7 @@ def test_frames_that_make_no_whole_clips(viewer: Viewer, noise_film: Any) -> Non
 
 
 def test_lengths_within_a_bucket_share_their_programs(viewer: Viewer, noise_film: Any) -> None:
-    """Three clips and two are four places; questions of other lengths end in the same multiple of 64 tokens."""
+    """Three clips and one take four places; questions of other lengths end in the same multiple of 64 tokens."""
     whole, part = viewer.watch(noise_film), viewer.watch(noise_film, start=4.0, end=8.0)
     assert (whole.num_clips, part.num_clips) == (3, 1)
     config = GenerationConfig(max_new_tokens=2, eos=())

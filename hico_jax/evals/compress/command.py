@@ -45,9 +45,10 @@ def main(args: argparse.Namespace) -> int:
         "video_level": args.schedule or methods.schedule_of(model),
     }  # fmt: skip
     settings = json.loads(json.dumps(settings))
+    if args.fresh:  # before the claim: a kill must not leave them to new settings
+        for stale in out.glob("*/answers.*.jsonl"):
+            stale.unlink()
     journal.claim(out, settings, fresh=args.fresh)
-    for stale in out.glob("*/answers.*.jsonl") if args.fresh else ():
-        stale.unlink()
     tokenizer = load_tokenizer(tokenizer_folder)
     rows = []
     for method in found:

@@ -152,6 +152,13 @@ def test_a_tokenizer_of_another_model(folder, tmp_path, capsys, words):
     assert "tokens but the model has rows for 64" in said
 
 
+def test_an_export_says_what_ends_an_answer(folder, tmp_path, words):
+    words.save(folder)
+    (folder / export.GENERATION).unlink()
+    assert run("export", folder, tmp_path / "out") == cli.OK
+    assert json.loads((tmp_path / "out" / export.GENERATION).read_text())["eos_token_id"] == list(words.eos_ids)
+
+
 @pytest.mark.parametrize("verb", ["convert", "export"])
 def test_a_full_disk(folder, tmp_path, capsys, monkeypatch, verb):
     source = folder

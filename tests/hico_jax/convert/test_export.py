@@ -39,6 +39,20 @@ def test_round_trip(tmp_path, tiny_untied, limit):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+def test_what_ends_an_answer_is_written(tmp_path, tiny_model):
+    """What a file says goes first, then `config.json`, then what the caller knows of the tokenizer."""
+
+    def told(name, **options):
+        return json.loads((export(tiny_model, tmp_path / name, **options) / "generation_config.json").read_text())
+
+    assert told("nothing") == {"_from_model_config": True}
+    assert told("tokenizer", eos=(7, 5)) == {"_from_model_config": True, "eos_token_id": [7, 5]}
+    raw = json.loads((tmp_path / "nothing" / "config.json").read_text()) | {"eos_token_id": 9}
+    assert told("config", eos=(7, 5), raw=raw)["eos_token_id"] == 9
+    file = tmp_path / "tokenizer" / "generation_config.json"
+    assert told("file", eos=(1,), raw=raw, files=[file])["eos_token_id"] == [7, 5]
+
+
 def test_tied_embeddings_are_written_once(tmp_path, tiny_model):
     names = set(safetensors_io.open_tensors(export(tiny_model, tmp_path / "out")))
     assert "model.embed_tokens.weight" in names

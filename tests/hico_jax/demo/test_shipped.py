@@ -29,6 +29,22 @@ def test_a_film_its_answers_and_a_page(
     assert "What shape is on the card?" in (tmp_path / "report.html").read_text()
 
 
+def test_another_film_in_the_same_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was compiled and what a user put there stays, until --fresh."""
+    asked: list[int] = []
+    monkeypatch.setattr(weights, "shipped", lambda name: True)
+    monkeypatch.setattr(shipped, "first_answer", lambda out, seed, began: asked.append(seed))
+    notes = tmp_path / "demo" / "notes.txt"
+    for seed, fresh, there in ((0, False, True), (1, False, True), (1, True, False)):
+        args = argparse.Namespace(out=str(tmp_path / "demo"), train=False, quick=False, fresh=fresh, seed=seed)
+        assert demo.main(args) == 0
+        if seed == 0:
+            notes.write_text("mine")
+        assert notes.is_file() == there
+        assert demo.held(tmp_path / "demo") == {"size": "shipped", "seed": seed}
+    assert asked == [0, 1, 1]
+
+
 def test_a_training_demo_is_left_alone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "shipped", lambda name: True)
     demo.prepare(tmp_path, {"size": "full", "seed": 0}, fresh=False)

@@ -13,40 +13,63 @@ from hico_jax.serve.confine import FILTER, NAMESPACE, program
 from hico_jax.serve.decoder import Decoder
 
 CONFINED = """
-import os, signal, socket, sys
+import os, resource, signal, socket, sys, threading
 from hico_jax.serve import confine, decoder
-without = sys.argv[1:]
-if "namespace" in without:
-    confine._NEW_USER = confine._NEW_NET = 0x40  # no such flag
-if "filter" in without:
-    confine._MACHINES.clear()
-held = decoder._confine(decoder.Limits(memory_bytes=1 << 28, seconds=20)) if "all" not in without else ()
-print(*held, sep=", ")
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-try:
-    socket.create_connection(("127.0.0.1", {port}), 5).close()
-    print("connected")
-except OSError:
-    print("no network")
-if "all" in without:
-    sys.exit()
-try:
-    open({path!r}, "wb", buffering=0).write(b"x")
-except OSError:
-    print("no file")
-try:
-    bytearray(1 << 30)
-except MemoryError:
-    print("no memory")
-try:
-    os.unlink({there!r})
-except PermissionError:
-    print("may not remove")
+
+def attempt(without):
+    if without == "namespace":
+        confine._NEW_USER = confine._NEW_NET = 0x40  # no such flag
+    if without == "filter":
+        confine._MACHINES.clear()
+    held = decoder._confine(decoder.Limits(memory_bytes=1 << 28, seconds=20)) if without != "all" else ()
+    print(*held, sep=", ")
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        socket.create_connection(("127.0.0.1", {port}), 5).close()
+        print("connected")
+    except OSError:
+        print("no network")
+    if without == "all":
+        return
+    try:
+        open({path!r}, "wb", buffering=0).write(b"x")
+    except OSError:
+        print("no file")
+    try:
+        bytearray(1 << 30)
+    except MemoryError:
+        print("no memory")
+    other = os.getppid()
+    for name, do in {{
+        "mark": lambda: os.setxattr({there!r}, "user.a", b"x"),
+        "signal": lambda: os.kill(other, 0),
+        "signal a thread": lambda: signal.pthread_kill(threading.get_ident(), 0),
+        "slow down": lambda: os.setpriority(os.PRIO_PROCESS, other, os.getpriority(os.PRIO_PROCESS, other)),
+        "limit": lambda: resource.prlimit(other, resource.RLIMIT_NOFILE),
+        "remove": lambda: os.unlink({there!r}),
+    }}.items():
+        try:
+            do()
+        except PermissionError:
+            print("may not", name)
+        except OSError:
+            print("could not", name)
+    print(resource.prlimit(0, resource.RLIMIT_FSIZE)[1])
+
+for without in sys.argv[1:]:
+    if child := os.fork():
+        os.waitpid(child, 0)
+        continue
+    attempt(without)
+    print("there" if os.path.exists({there!r}) else "gone", flush=True)
+    print("==", flush=True)
+    os._exit(0)
 """
+FORBIDDEN = [f"may not {name}" for name in ("mark", "signal", "signal a thread", "slow down", "limit", "remove")]
 
 
-def confined(folder: pathlib.Path, *without: str) -> list[str]:
-    """What a process finds that is confined as readers are, while somebody listens on this machine."""
+def confined(folder: pathlib.Path, *without: str) -> list[list[str]]:
+    """What processes find that are confined as readers are, but for a mean, while somebody listens on this machine."""
     there = folder / "there"
     there.touch()
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -54,7 +77,7 @@ def confined(folder: pathlib.Path, *without: str) -> list[str]:
         code = CONFINED.format(path=str(folder / "written"), there=str(there), port=port)
         command = [sys.executable, "-c", code, *without]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    return [*done.stdout.splitlines(), *["left there"] * there.exists()]
+    return [part.strip().splitlines() for part in done.stdout.split("==\n")[:-1]]
 
 
 def test_a_reader_may_neither_write_nor_reach_the_network(tmp_path: pathlib.Path) -> None:
@@ -64,12 +87,14 @@ def test_a_reader_may_neither_write_nor_reach_the_network(tmp_path: pathlib.Path
     decoder.close()
     if not held:
         pytest.skip("this system allows neither a network namespace nor a system call filter")
-    kept = ["may not remove", "left there"] if FILTER in held else []
-    assert confined(tmp_path) == [", ".join(held), "no network", "no file", "no memory", *kept]
-    assert confined(tmp_path, "all") == ["", "connected", "left there"]
-    for name, mean in (("filter", NAMESPACE), ("namespace", FILTER)):
+    free, whole, *without = confined(tmp_path, "all", "nothing", "namespace", "filter")
+    assert free == ["connected", "there"]
+    assert whole[:4] == [", ".join(held), "no network", "no file", "no memory"]
+    if FILTER in held:
+        assert whole[4:] == [*FORBIDDEN, "0", "there"]
+    for mean, found in zip((FILTER, NAMESPACE), without, strict=True):
         if mean in held:
-            assert confined(tmp_path, name)[:3] == [mean, "no network", "no file"]
+            assert found[:3] == [mean, "no network", "no file"]
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])

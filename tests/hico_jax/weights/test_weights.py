@@ -9,8 +9,8 @@ import pytest
 
 import hico_jax
 from data_pipeline.tokenizer import load_tokenizer
-from hico_jax import ask, weights
-from hico_jax.convert import hf_config, load
+from hico_jax import weights
+from hico_jax.convert import export, hf_config, load
 from hico_jax.demo.measure import WHOLE
 from hico_jax.evals import needle
 from hico_jax.film import Viewer
@@ -53,7 +53,9 @@ def test_what_ships_is_small_and_fits_together() -> None:
     assert sum(path.stat().st_size for path in folder.iterdir()) <= SIZE
     raw = json.loads((folder / "config.json").read_text())
     config = hf_config.from_raw(raw, folder.name)
-    assert load_tokenizer(folder).vocab_size <= config.llm.vocab_size
+    words = load_tokenizer(folder)
+    assert words.vocab_size <= config.llm.vocab_size
+    assert (folder / export.GENERATION).read_text() == export.generation_text(words.eos_ids)
     assert config.geometry().tokens_per_clip == 16 * config.vision.frames_per_clip
     load.load(folder)  # every tensor that the configuration describes is there, and no other
     assert "<FIGURE" not in (folder / "MODEL_CARD.md").read_text()
@@ -61,8 +63,9 @@ def test_what_ships_is_small_and_fits_together() -> None:
 
 @there
 def test_it_answers_about_films_it_never_saw(tmp_path: pathlib.Path) -> None:
-    model, tokenizer = ask.load_model("nano")
-    viewer = Viewer(model, load_tokenizer(tokenizer), sampling=WHOLE, clips_per_step=4)
+    model = hico_jax.load("nano")
+    assert model.eos == model.tokenizer.eos_ids
+    viewer = Viewer(model.hico, model.tokenizer, sampling=WHOLE, clips_per_step=4)
     asked = []
     for depth, seed in FILMS:
         hidden = needle.hide(tmp_path, 16, depth, seed)
@@ -75,10 +78,3 @@ def test_it_answers_about_films_it_never_saw(tmp_path: pathlib.Path) -> None:
         f"{q.text} {a.text}, not {q.answer}" for (_, q), a in zip(asked, answers, strict=True) if a.text != q.answer
     ]
     assert len(wrong) <= len(asked) - RIGHT, wrong
-
-
-@there
-def test_load_by_name_gives_a_model_that_speaks() -> None:
-    model = hico_jax.load("nano")
-    settings = GenerationConfig(max_new_tokens=2, eos=model.tokenizer.eos_ids)
-    assert isinstance(model.ask(None, "What colour is the card?", settings=settings).text, str)
