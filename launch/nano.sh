@@ -42,7 +42,7 @@ stage() {
 far="--config.data.position_skip=163840"
 rest="--config.optim.rates=(('vision/.*',None),('.*','lr'))"
 words="--config.optim.rates=(('vision/.*',None),('projector/.*',None),('.*','lr'))"
-stage told stage3_sft told.yaml 1500 64 512 1 0 --config.init.parent= --config.data.pack=512 --config.optim.lr=1e-3 "$words"
+stage told stage3_sft told.yaml 4000 64 512 1 0 --config.init.parent= --config.data.pack=512 --config.optim.lr=1e-3 "$words"
 stage stage1 stage1_align stage1.yaml 60 64 192 1 1
 stage stage2 stage2_pretrain stage2.yaml 1200 64 512 3 2 --config.optim.lr=1e-3
 stage stage3 stage3_sft short.yaml 2600 64 512 3 0 --config.optim.lr=1e-3 "$far"

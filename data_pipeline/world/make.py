@@ -135,6 +135,7 @@ def annotate(preset: Preset, seed: int, media: Sequence[Media]) -> dict[str, lis
         for name in (
             "stage1_images.json", "stage1_videos.json", "stage2_images.json", "stage2_pairs.json", "stage2_videos.json",
             "stage3_short.json", "stage3_middle.json", "stage3_long.jsonl", "text.jsonl", "told.jsonl",
+            "options.jsonl",
             "val.json", "val_long.json", "test.json", "test_long.json",
         )
     }  # fmt: skip
@@ -173,6 +174,7 @@ def annotate(preset: Preset, seed: int, media: Sequence[Media]) -> dict[str, lis
     files["stage2_pairs.json"] = _pairs(preset, [m for m in media if m.split == "train" and m.group == "image"])
     files["text.jsonl"] = texts.text_items(np.random.default_rng((seed, 3)), preset.texts)
     files["told.jsonl"] = texts.told_items(preset, seed)
+    files["options.jsonl"] = texts.option_items(np.random.default_rng((seed, 6)), preset.told // 4)
     return files
 
 
@@ -216,7 +218,7 @@ def _stages(files: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
         # Short films only: four to twelve frames a row, what a small model learns from on two cores.
         "short.yaml": (("stage3_short.json", "all"),),
         # One kind each, so that every batch has one shape and a small model meets the easy things first.
-        "told.yaml": (("told.jsonl", "all"),),
+        "told.yaml": (("told.jsonl", "all"), ("options.jsonl", "all")),
         "images.yaml": (("stage2_images.json", "all"),),
         "middle.yaml": (("stage3_middle.json", "all"),),
         "long.yaml": (("stage3_long.jsonl", "all"),),
@@ -229,7 +231,7 @@ def _stages(files: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
             if not files[name]:
                 continue
             text += f"  - json_path: {name}\n    sampling_strategy: {strategy}\n"
-            if name not in ("text.jsonl", "told.jsonl"):
+            if "image" in files[name][0] or "video" in files[name][0]:
                 text += f"    data_root: {'images' if 'image' in files[name][0] else 'videos'}\n"
         out[stage] = text
     return out

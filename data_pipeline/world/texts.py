@@ -59,6 +59,27 @@ def told_items(preset: Preset, seed: int) -> list[dict[str, Any]]:
     return items
 
 
+def option_items(rng: np.random.Generator, number: int) -> list[dict[str, Any]]:
+    """Annotation items about lists of options alone: the letter of one, or the one of a letter."""
+    captions = [f"a {colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    items = []
+    for i in range(number):
+        turns = []
+        for _ in range(4):
+            words = (tuple(COLOURS), SHAPES, captions)[int(rng.integers(3))]
+            options = rng.choice(words, 4, replace=False).tolist()
+            place = int(rng.integers(4))
+            letter, option = "ABCD"[place], options[place]
+            asked, answer = (f"Which option is {option}?", letter)
+            if rng.uniform() < 0.25:
+                asked, answer = (f"What is option {letter}?", option)
+            lines = "\n".join(f"({'ABCD'[k]}) {text}" for k, text in enumerate(options))
+            turns.append({"from": "human", "value": f"Options: {lines}\n{asked}"})
+            turns.append({"from": "gpt", "value": answer})
+        items.append({"id": f"options_{i:05d}", "conversations": turns})
+    return items
+
+
 def corpus(preset: str | Preset = "nano", *, scenes: int = 600) -> list[str]:
     """Lines of text as the model will meet them, for training a small tokenizer. Always the same lines."""
     preset = PRESETS[preset] if isinstance(preset, str) else preset

@@ -8,7 +8,7 @@ import numpy as np
 from data_pipeline.world.presets import PRESETS
 from data_pipeline.world.questions import KINDS, THINK
 from data_pipeline.world.recipes import held_out
-from data_pipeline.world.texts import corpus, text_items, told_items
+from data_pipeline.world.texts import corpus, option_items, text_items, told_items
 
 
 def test_text_items_have_no_media():
@@ -55,6 +55,23 @@ def test_told_films_hold_what_their_answers_need():
             assert said in (content, way[-1], f"a {way[-1]} {content}", ", ".join(way)), (told, question)
             walked += 1
     assert walked > 40
+
+
+def test_options_have_the_letter_that_is_asked_for():
+    items = option_items(np.random.default_rng(0), 20)
+    assert items == option_items(np.random.default_rng(0), 20)
+    letters = set()
+    for item in items:
+        for asked, answer in zip(item["conversations"][::2], item["conversations"][1::2], strict=True):
+            options = dict(re.findall(r"\(([A-D])\) (.+)", asked["value"]))
+            assert len(set(options.values())) == 4
+            last = asked["value"].rpartition(" ")[2][:-1]
+            if asked["value"].splitlines()[-1].startswith("What is option"):
+                assert options[last] == answer["value"]
+                continue
+            assert options[answer["value"]] == asked["value"].splitlines()[-1].removeprefix("Which option is ")[:-1]
+            letters.add(answer["value"])
+    assert letters == set("ABCD")
 
 
 def test_the_corpus_has_every_word_the_model_must_say():
