@@ -233,12 +233,6 @@ def score(llm: Any, stream: Stream, num_targets: int) -> Score:
     return Score(jnp.where(valid, log_probs, 0.0), correct & valid, valid)
 
 
-@functools.partial(jax.jit, static_argnames="num_targets")
-def score_batch(model: HiCo, batch: Batch, *, num_targets: int) -> Score:
-    """`score` of a whole batch: encode, run, compare."""
-    return score(model.llm, model(batch), num_targets)
-
-
 @jax.jit
 def _encode(model: HiCo, clips: Array, images: Array) -> Array:
     return model.encode(clips, images)
