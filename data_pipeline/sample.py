@@ -120,14 +120,14 @@ def read_pixels(
     Raises:
       ValueError: a file cannot be decoded.
     """
-    px = geometry.image_px
+    px, fast = geometry.image_px, config.resize == "fast"
     clips, tiles = None, None
     if laid.films:
         seen = [indices for _, indices in laid.films]
         if held is not None:
             parts = np.split(np.repeat(held, geometry.frames_per_clip), np.cumsum([len(i) for i in seen])[:-1])
             seen = [indices[part] for indices, part in zip(seen, parts, strict=True)]
-        clips = np.concatenate([read_clips(f[0], i, geometry) for f, i in zip(laid.films, seen, strict=True)])
+        clips = np.concatenate([read_clips(f[0], i, geometry, fast) for f, i in zip(laid.films, seen, strict=True)])
     if laid.pictures:
         opened = [image.read_image(p) for p in laid.pictures]
         made = image.picture_tiles(opened, px, aspect=config.image_aspect, grid=config.image_grid)
@@ -135,13 +135,15 @@ def read_pixels(
     return dataclasses.replace(laid.row, clips=clips, tiles=tiles, held=held if laid.films else None)
 
 
-def read_clips(info: video.VideoInfo, indices: ndarray, geometry: Geometry) -> UInt8[ndarray, "N T px px 3"]:
+def read_clips(
+    info: video.VideoInfo, indices: ndarray, geometry: Geometry, fast: bool = False
+) -> UInt8[ndarray, "N T px px 3"]:
     """Frames of a film squashed to the tower's square, in clips."""
     px = geometry.image_px
     out = np.empty((len(indices), px, px, 3), np.uint8)
     order = np.argsort(indices, kind="stable")
     at = 0
-    for piece in video.iter_frames(info.path, indices[order], (px, px)):
+    for piece in video.iter_frames(info.path, indices[order], (px, px), fast=fast):
         out[order[at : at + len(piece)]] = piece
         at += len(piece)
     return out.reshape(-1, geometry.frames_per_clip, px, px, 3)

@@ -53,6 +53,15 @@ def test_frames_stand_in_order_in_their_clips(film, film_kit, small):
     assert numbers == laid.films[0][1].tolist() == [2, 8, 14, 21, 27, 33, 39, 46]
 
 
+def test_films_are_squashed_as_the_option_says(film, small):
+    exact, fast = (
+        make(Sample("a", "s", "video", (str(film),), talk()), small, dataclasses.replace(CONFIG, resize=how)).clips
+        for how in ("exact", "fast")
+    )
+    assert exact.shape == fast.shape
+    assert (exact != fast).any()
+
+
 def test_pictures(tmp_path, small):
     Image.new("RGB", (16, 8)).save(tmp_path / "a.png")
     path = str(tmp_path / "a.png")
