@@ -1,13 +1,12 @@
-"""One annotated sample, or one question, to a row: first its layout from numbers alone, then its pixels.
+"""One annotated sample to a row: first its layout from numbers alone, then its pixels.
 
-In: a `Sample`, or messages about a film. Out: a `Row`.
+In: a `Sample`. Out: a `Row`.
 Next: data_pipeline/layout.py
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from data_pipeline.frames import Sampling, time_message
 from data_pipeline.layout import Visual
 from data_pipeline.options import DataConfig
 from data_pipeline.tokenizer import Tokenizer
-from hico_jax.batch import Batch, Geometry
+from hico_jax.batch import Geometry
 from hico_jax.shapes import Bool, UInt8, ndarray
 
 
@@ -147,48 +146,3 @@ def read_clips(
         out[order[at : at + len(piece)]] = piece
         at += len(piece)
     return out.reshape(-1, geometry.frames_per_clip, px, px, 3)
-
-
-def inference_row(
-    tokenizer: Tokenizer,
-    geometry: Geometry,
-    messages: str | Sequence[Mapping[str, str]],
-    *,
-    indices: Sequence[int] | ndarray = (),
-    fps: float = 1.0,
-    duration_s: float = 0.0,
-    template: str = "qwen_2",
-    style: str = "short",
-    system: str | None = None,
-    max_length: int | None = None,
-) -> layout.Row:
-    """The prompt for a question, or a dialogue, about one film of which the frames `indices` are seen.
-
-    The first user turn gets the placeholder and the time message unless it has an `<image>` already; the history is
-    rendered again in full each time (`chat` in the released model). Without `indices` it is plain text.
-
-    Raises:
-      ValueError: the dialogue is empty, or the row is longer than the model takes.
-    """
-    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(m) for m in messages]
-    asked = next((t for t in turns if t.get("role") == "user"), None)
-    if asked is None:
-        raise ValueError("the dialogue has no user turn; give at least one question")
-    count, visuals = len(indices), []
-    per_frame = template == "internvl2_5"
-    if count:
-        visuals = [Visual.film(count, geometry, parts=count if per_frame else 1)]
-        if chat.IMAGE_TEXT not in asked["content"]:
-            message = time_message(duration_s, indices, fps, style)
-            said = asked["content"]
-            asked["content"] = chat.frames_question(said, count) if per_frame else chat.first_question(said, message)
-    ids = chat.prompt_ids(tokenizer, turns, template=template, system=system)
-    return layout.row(ids, None, visuals, geometry, max_length=max_length)
-
-
-def inference_batch(
-    row: layout.Row, geometry: Geometry, *, length: int | None = None, num_clips: int | None = None
-) -> Batch:
-    """One row as a batch to answer: nothing is learnt, pixels only if the row has them."""
-    pixels = row.clips is not None or row.tiles is not None
-    return layout.collate([row], geometry, length, num_clips, training=False, pixels=pixels)

@@ -217,12 +217,12 @@ def _begin(run: Run, start: Start) -> None:
         run.progress.say(f"all {experiment.num_steps} steps are done; raise train.steps to go on")
     if jax.process_index() == 0:
         folder = epath.Path(experiment.workdir)
-        (folder / CONFIG_FILE).write_text(config.to_json(experiment) + "\n")
+        metrics.write_whole(folder / CONFIG_FILE, config.to_json(experiment) + "\n")
         environment = {
             "python": platform.python_version(), "jax": jax.__version__, "devices": len(devices),
             "device_kind": devices[0].device_kind, "processes": jax.process_count(), "origin": start.origin,
         }  # fmt: skip
-        (folder / ENVIRONMENT_FILE).write_text(json.dumps(environment, indent=2) + "\n")
+        metrics.write_whole(folder / ENVIRONMENT_FILE, json.dumps(environment, indent=2) + "\n")
 
 
 class Source:

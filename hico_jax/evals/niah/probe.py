@@ -37,7 +37,6 @@ from hico_jax.models.llm.cache import Cache
 from hico_jax.parallel import sharding, zigzag
 from hico_jax.shapes import Array, Float, Int
 
-PROMPTS = ("paper", "chat")
 NO_LIMIT = 1 << 30  # the test goes beyond the length the model was trained for, as the paper does
 
 
