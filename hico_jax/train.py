@@ -115,7 +115,8 @@ def fit(
         raise ValueError("model.dtype is 'bfloat16', which cannot be trained in on a CPU; set it to 'float32'")
     saved = checkpoint.Checkpointer(experiment.workdir, experiment.checkpoint)
     notice = Notice()
-    with jax.set_mesh(mesh), context.using(experiment.mesh.context), contextlib.closing(saved), notice.on_sigterm():
+    # Saves are closed before SIGTERM ends the program again: told while the last one is written, it still is.
+    with jax.set_mesh(mesh), context.using(experiment.mesh.context), notice.on_sigterm(), contextlib.closing(saved):
         start = init_state(experiment, mesh, saved)
         first = int(jax.device_get(start.state.step))
         run = Run(

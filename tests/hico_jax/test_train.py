@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.options import DataConfig
-from hico_jax import config, metrics, optim, registry, start, step, train
+from hico_jax import checkpoint, config, metrics, optim, preempt, registry, start, step, train
 from hico_jax.batch import Batch
 from hico_jax.config import CheckpointConfig, Experiment, TrainConfig
 from hico_jax.parallel.mesh import MeshConfig
@@ -239,6 +239,21 @@ def test_a_finished_run_has_nothing_to_do(
     assert "all 6 steps are done" in said
     assert "WARNING: changed since the checkpoint: checkpoint.every: 2 -> 3" in said
     assert losses_of(straight[0]) == before
+
+
+def test_sigterm_while_the_last_save_is_written_does_not_end_it(
+    straight: tuple[pathlib.Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed, close = [], checkpoint.Checkpointer.close
+
+    def told(saved: checkpoint.Checkpointer) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        closed.append(close(saved))
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "close", told)
+    with preempt.exit_on_sigterm():
+        train.fit(experiment(straight[0], steps=6), Counter(), devices=ONE)
+    assert len(closed) == 1
 
 
 def test_a_list_of_batches_of_two_shapes_and_an_evaluation(
