@@ -59,8 +59,6 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = drive(args, pathlib.Path(folder))
     print(json.dumps(found, indent=2))
-    if args.json:
-        pathlib.Path(args.json).write_text(json.dumps(found, indent=2) + "\n")
     return 0 if found["different"] == 0 else 1
 
 
@@ -79,15 +77,26 @@ def drive(args: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
     kills = {"random": 0, "point": 0, "survived": 0}
     hit: set[str] = set()
     different, lost, early, runs = 0, 0, 0, 0
+
+    def found() -> dict[str, Any]:
+        return {
+            "signal": args.signal, "processes": args.processes, "model": args.model, "runs": runs,
+            "killed at random": kills["random"], "killed at named points": kills["point"],
+            "named points": len(set(points)), "of them hit": len(hit), "different": different + lost,
+            "ended before SIGTERM is heard": early, "seconds": round(time.monotonic() - began, 1),
+        }  # fmt: skip
+
     while kills["random"] + kills["point"] < args.instants:
         workdir, runs = folder / f"run{runs}", runs + 1
         while True:
             wanted = kills["random"] + kills["point"] < args.instants
-            at_point = wanted and kills["point"] < kills["random"]
             point = ""
-            if at_point:
+            if wanted and kills["point"] < kills["random"]:
                 todo = todo or sorted(set(points))
-                point = todo.pop(0)
+                left = 1 - latest_step(workdir) / args.steps
+                point = next((p for p in todo if met(p, points, left)), "")
+            at_point = point != ""
+            todo = [p for p in todo if p != point]
             delay = rng.uniform(0, 1.15 * length) if wanted and not at_point else None
             code = life(args, workdir, data, point, delay)
             if code == 0:
@@ -108,14 +117,10 @@ def drive(args: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
             different += 1
             print(f"run {runs - 1} differs from the run never killed", file=sys.stderr)
         shutil.rmtree(workdir)
+        if args.json:  # after every run: what is known stays known
+            pathlib.Path(args.json).write_text(json.dumps(found(), indent=2) + "\n")
         print(f"{kills['random'] + kills['point']} of {args.instants} instants", file=sys.stderr, flush=True)
-    return {
-        "signal": args.signal, "processes": args.processes, "model": args.model, "runs": runs,
-        "killed at random": kills["random"], "killed at named points": kills["point"],
-        "named points": len(set(points)), "of them hit": len(hit), "different": different + lost,
-        "ended before SIGTERM is heard": early,
-        "seconds": round(time.monotonic() - began, 1),
-    }  # fmt: skip
+    return found()
 
 
 def life(
@@ -229,6 +234,23 @@ def child(args: argparse.Namespace) -> int:
     return code
 
 
+def met(point: str, points: list[str], left: float) -> bool:
+    """Whether a life that has this part of the run left comes to a point: counts begin again with each life.
+
+    Example:
+      >>> [met("rename STEP#2", ["rename STEP#1", "rename STEP#2"], left) for left in (1, 0.5)]
+      [True, False]
+    """
+    name, _, count = point.rpartition("#")
+    return int(count) <= left * sum(p.rpartition("#")[0] == name for p in points)
+
+
+def latest_step(workdir: pathlib.Path) -> int:
+    """The newest step whose checkpoint was committed; 0 without any."""
+    folder = workdir / "checkpoints"
+    return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0) if folder.is_dir() else 0
+
+
 def point_name(event: str, path: str) -> str:
     """A file operation without what differs from run to run.
 
@@ -263,9 +285,7 @@ def saved_all(workdir: pathlib.Path) -> bool:
     if not (workdir / "metrics.jsonl").exists():
         return True
     lines = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    folder = workdir / "checkpoints"
-    saved = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-    return max(lines, default=0) <= max(saved, default=0)
+    return max(lines, default=0) <= latest_step(workdir)
 
 
 if __name__ == "__main__":

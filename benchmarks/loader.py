@@ -3,7 +3,8 @@
     python benchmarks/loader.py                          # all parts
     python benchmarks/loader.py --parts dense long       # without a model
 
-    dense   every frame decoded, squashed to 224 px and normalised, beside PyAV decoding the same film and no more
+    dense   every frame decoded, squashed to 224 px and normalised, beside PyAV decoding the same film and no more;
+            --film adds one of your own to the three made up
     long    64 frames of an hour-long film beside decoding all of it
     memory  resident memory over 10,000 examples
     step    a nano step with the real loader beside the same step on one batch that stays
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--frames", type=int, default=150, help="of the films of `dense`")
+    parser.add_argument("--film", action="append", type=pathlib.Path, default=[], help="one more for `dense`")
     parser.add_argument("--minutes", type=float, default=60.0, help="of the film of `long`")
     parser.add_argument("--examples", type=int, default=10_000, help="of `memory`")
     parser.add_argument("--steps", type=int, default=30, help="of `step`, each way")
@@ -97,27 +99,32 @@ def decode_all(path: pathlib.Path, rgb: bool = False) -> int:
 
 
 def dense(folder: pathlib.Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every frame of films of three sizes."""
+    """Every frame of films of three sizes, and of the films given."""
     rows = []
-    for width, height in SIZES:
-        path = video.write_video(folder / f"{width}.mp4", scenes(args.frames, width, height), 25.0, crf=23)
-        indices = np.arange(args.frames)
+    made = (
+        video.write_video(folder / f"{width}.mp4", scenes(args.frames, width, height), 25.0, crf=23)
+        for width, height in SIZES
+    )
+    for path in (*made, *args.film):
+        info = video.open_video(path)  # its list of packets is kept from then on, as in an epoch
+        count = info.num_frames
 
-        def read(normal: bool, path: pathlib.Path = path, indices: np.ndarray = indices) -> None:
-            for piece in video.iter_frames(path, indices, (PX, PX)):
+        def read(normal: bool = False, fast: bool = False, path: pathlib.Path = path, count: int = count) -> None:
+            for piece in video.iter_frames(path, np.arange(count), (PX, PX), fast=fast):
                 if normal:
                     image.normalize(piece)
 
-        video.open_video(path)  # its list of packets is kept from then on, as in an epoch
         alone, rgb = cpu(lambda p=path: decode_all(p)), cpu(lambda p=path: decode_all(p, True))
-        ours, normal = cpu(lambda r=read: r(False)), cpu(lambda r=read: r(True))
+        ours, normal, fast = cpu(read), cpu(lambda r=read: r(normal=True)), cpu(lambda r=read: r(fast=True))
         rows.append(
             {
-                "film": f"{width}x{height}", "decoding alone, frames/s": round(args.frames / alone),
-                "decoding to RGB, frames/s": round(args.frames / rgb),
-                "loader (uint8, as it goes to the device), frames/s": round(args.frames / ours),
-                "loader and normalising on the host, frames/s": round(args.frames / normal),
+                "film": f"{info.width}x{info.height}", "decoding alone, frames/s": round(count / alone),
+                "decoding to RGB, frames/s": round(count / rgb),
+                "loader (uint8, as it goes to the device), frames/s": round(count / ours),
+                "loader and normalising on the host, frames/s": round(count / normal),
+                "loader with data.resize=fast, frames/s": round(count / fast),
                 "loader / decoding alone": round(alone / ours, 3), "loader / decoding to RGB": round(rgb / ours, 3),
+                "fast loader / decoding alone": round(alone / fast, 3),
             }
         )  # fmt: skip
     return rows

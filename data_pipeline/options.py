@@ -13,6 +13,7 @@ from data_pipeline.frames import Sampling
 from data_pipeline.image import ASPECTS, GRID, candidates
 
 TIME_MESSAGES = ("short", "long", "none")
+RESIZES = ("exact", "fast")
 TRUNCATIONS = ("error", "frames", "reference")
 
 
@@ -34,6 +35,7 @@ class DataConfig:
     min_frames: int = 64  # `frames_lowbound`; wins over max_frames
     max_frames: int = 512  # `frames_upbound`; 0: no limit
     frame_multiple: int = 4  # frames of a film are a multiple of this: 4 in training, 8 in the released inference
+    resize: str = "exact"  # films: Pillow's bicubic as in the reference; "fast": swscale, a level or two off it
     time_message: str = "short"  # "short", "long" or "none"
     image_aspect: str = "anyres_nopad"  # "anyres_nopad" (tiles), "square" (squash) or "pad"
     image_grid: str = GRID  # `image_grid_pinpoints`: columns x rows of tiles, smallest to largest
@@ -62,6 +64,7 @@ class DataConfig:
         _one_of("template", self.template, TRAIN_TEMPLATES)
         _one_of("time_message", self.time_message, TIME_MESSAGES)
         _one_of("image_aspect", self.image_aspect, ASPECTS)
+        _one_of("resize", self.resize, RESIZES)
         _one_of("truncate", self.truncate, TRUNCATIONS)
         candidates(self.image_grid, 1)
         for name, least in (

@@ -18,6 +18,7 @@ from etils import epath
 
 from data_pipeline.annotations import Sample
 from data_pipeline.records import NAME, SCHEME, VERSION
+from data_pipeline.stills import folder_fps
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
@@ -72,8 +73,8 @@ def plan_media(samples: Sequence[Sample]) -> tuple[list[str], list[Sample]]:
             if path not in places:
                 inside = sorted(os.path.join(path, n) for n in os.listdir(path)) if os.path.isdir(path) else [path]
                 kind = "folder" if os.path.isdir(path) else "file"
-                # The reference reads a folder's frame rate off its path.
-                name = f"{'tvqa-' if 'tvqa' in path else ''}{os.path.basename(path.rstrip(os.sep))}"
+                # A folder's frame rate is read off its path: the name must tell it too.
+                name = f"{'tvqa-' if folder_fps(path) == 3 else ''}{os.path.basename(path.rstrip(os.sep))}"
                 places[path] = f"{SCHEME}{len(files)}:{len(inside)}:{kind}:{name}"
                 files += inside
         placed.append(dataclasses.replace(sample, paths=tuple(places[p] for p in sample.paths)))

@@ -1,13 +1,12 @@
-"""One annotated sample, or one question, to a row: first its layout from numbers alone, then its pixels.
+"""One annotated sample to a row: first its layout from numbers alone, then its pixels.
 
-In: a `Sample`, or messages about a film. Out: a `Row`.
+In: a `Sample`. Out: a `Row`.
 Next: data_pipeline/layout.py
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ from data_pipeline.frames import Sampling, time_message
 from data_pipeline.layout import Visual
 from data_pipeline.options import DataConfig
 from data_pipeline.tokenizer import Tokenizer
-from hico_jax.batch import Batch, Geometry
+from hico_jax.batch import Geometry
 from hico_jax.shapes import Bool, UInt8, ndarray
 
 
@@ -120,14 +119,14 @@ def read_pixels(
     Raises:
       ValueError: a file cannot be decoded.
     """
-    px = geometry.image_px
+    px, fast = geometry.image_px, config.resize == "fast"
     clips, tiles = None, None
     if laid.films:
         seen = [indices for _, indices in laid.films]
         if held is not None:
             parts = np.split(np.repeat(held, geometry.frames_per_clip), np.cumsum([len(i) for i in seen])[:-1])
             seen = [indices[part] for indices, part in zip(seen, parts, strict=True)]
-        clips = np.concatenate([read_clips(f[0], i, geometry) for f, i in zip(laid.films, seen, strict=True)])
+        clips = np.concatenate([read_clips(f[0], i, geometry, fast) for f, i in zip(laid.films, seen, strict=True)])
     if laid.pictures:
         opened = [image.read_image(p) for p in laid.pictures]
         made = image.picture_tiles(opened, px, aspect=config.image_aspect, grid=config.image_grid)
@@ -135,58 +134,15 @@ def read_pixels(
     return dataclasses.replace(laid.row, clips=clips, tiles=tiles, held=held if laid.films else None)
 
 
-def read_clips(info: video.VideoInfo, indices: ndarray, geometry: Geometry) -> UInt8[ndarray, "N T px px 3"]:
+def read_clips(
+    info: video.VideoInfo, indices: ndarray, geometry: Geometry, fast: bool = False
+) -> UInt8[ndarray, "N T px px 3"]:
     """Frames of a film squashed to the tower's square, in clips."""
     px = geometry.image_px
     out = np.empty((len(indices), px, px, 3), np.uint8)
     order = np.argsort(indices, kind="stable")
     at = 0
-    for piece in video.iter_frames(info.path, indices[order], (px, px)):
+    for piece in video.iter_frames(info.path, indices[order], (px, px), fast=fast):
         out[order[at : at + len(piece)]] = piece
         at += len(piece)
     return out.reshape(-1, geometry.frames_per_clip, px, px, 3)
-
-
-def inference_row(
-    tokenizer: Tokenizer,
-    geometry: Geometry,
-    messages: str | Sequence[Mapping[str, str]],
-    *,
-    indices: Sequence[int] | ndarray = (),
-    fps: float = 1.0,
-    duration_s: float = 0.0,
-    template: str = "qwen_2",
-    style: str = "short",
-    system: str | None = None,
-    max_length: int | None = None,
-) -> layout.Row:
-    """The prompt for a question, or a dialogue, about one film of which the frames `indices` are seen.
-
-    The first user turn gets the placeholder and the time message unless it has an `<image>` already; the history is
-    rendered again in full each time (`chat` in the released model). Without `indices` it is plain text.
-
-    Raises:
-      ValueError: the dialogue is empty, or the row is longer than the model takes.
-    """
-    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else [dict(m) for m in messages]
-    asked = next((t for t in turns if t.get("role") == "user"), None)
-    if asked is None:
-        raise ValueError("the dialogue has no user turn; give at least one question")
-    count, visuals = len(indices), []
-    per_frame = template == "internvl2_5"
-    if count:
-        visuals = [Visual.film(count, geometry, parts=count if per_frame else 1)]
-        if chat.IMAGE_TEXT not in asked["content"]:
-            message = time_message(duration_s, indices, fps, style)
-            said = asked["content"]
-            asked["content"] = chat.frames_question(said, count) if per_frame else chat.first_question(said, message)
-    ids = chat.prompt_ids(tokenizer, turns, template=template, system=system)
-    return layout.row(ids, None, visuals, geometry, max_length=max_length)
-
-
-def inference_batch(
-    row: layout.Row, geometry: Geometry, *, length: int | None = None, num_clips: int | None = None
-) -> Batch:
-    """One row as a batch to answer: nothing is learnt, pixels only if the row has them."""
-    pixels = row.clips is not None or row.tiles is not None
-    return layout.collate([row], geometry, length, num_clips, training=False, pixels=pixels)

@@ -158,11 +158,13 @@ def iter_frames(
     size: tuple[int, int] | None = None,
     chunk: int = 32,
     workers: int = 1,
+    *,
+    fast: bool = False,
 ) -> Iterator[UInt8[ndarray, "T height width 3"]]:
     """Frames of rising indices in pieces of at most `chunk`; never holds more than one piece.
 
     With `workers`, so many pieces of a film are decoded at the same time, each by a thread that opens it for itself,
-    and twice as many are held.
+    and twice as many are held. `fast` squashes films in the decoder's library instead of Pillow: not the same bytes.
 
     Raises:
       VideoError: the film cannot be read.
@@ -171,10 +173,10 @@ def iter_frames(
     info, indices = open_video(path), np.asarray(indices, np.int64)
     if workers > 1 and info.kind == "film" and len(indices) > chunk and decode.seeks(info.path, indices):
         parts = [indices[i : i + chunk] for i in range(0, len(indices), chunk)]
-        yield from _side_by_side(lambda part: np.stack(list(_iter(info, part, size, threads=1))), parts, workers)
+        yield from _side_by_side(lambda part: np.stack(list(_iter(info, part, size, 1, fast))), parts, workers)
         return
     held: list[ndarray] = []
-    for frame in _iter(info, indices, size):
+    for frame in _iter(info, indices, size, fast=fast):
         held.append(frame)
         if len(held) == chunk:
             yield np.stack(held)
@@ -197,7 +199,7 @@ def _side_by_side(work: Callable[[ndarray], ndarray], parts: Sequence[ndarray], 
 
 
 def _iter(
-    info: VideoInfo, indices: ndarray, size: tuple[int, int] | None, threads: int = 0
+    info: VideoInfo, indices: ndarray, size: tuple[int, int] | None, threads: int = 0, fast: bool = False
 ) -> Iterator[UInt8[ndarray, "height width 3"]]:
     if len(indices) and not 0 <= indices.min() <= indices.max() < info.num_frames:
         raise ValueError(
@@ -210,9 +212,11 @@ def _iter(
     elif info.kind == "picture":
         frames = stills.iter_picture(info.path, indices)
     else:
-        frames = decode.iter_film(info.path, indices, threads)
+        frames = decode.iter_film(info.path, indices, threads, size if fast else None)
     for frame in frames:
-        if size is not None:
+        if size is not None and frame.shape[:2] == size:
+            yield frame
+        elif size is not None:
             yield resize(frame, *size)
         elif frame.shape[:2] == (info.height, info.width):
             yield frame

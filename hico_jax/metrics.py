@@ -84,7 +84,7 @@ class Writer:
         have = {line["step"] for line in kept}
         kept = sorted([*kept, *(dict(t) for t in tail if t["step"] not in have)], key=lambda line: line["step"])
         self._tail.extend(kept)
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         if "://" not in workdir:  # tensorboardX writes to local folders only
             from tensorboardX import SummaryWriter
 
@@ -108,6 +108,13 @@ class Writer:
     def close(self) -> None:
         if self._events is not None:
             self._events.close()
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def read(workdir: str) -> list[dict[str, Any]]:

@@ -115,7 +115,8 @@ def fit(
         raise ValueError("model.dtype is 'bfloat16', which cannot be trained in on a CPU; set it to 'float32'")
     saved = checkpoint.Checkpointer(experiment.workdir, experiment.checkpoint)
     notice = Notice()
-    with jax.set_mesh(mesh), context.using(experiment.mesh.context), contextlib.closing(saved), notice.on_sigterm():
+    # Saves are closed before SIGTERM ends the program again: told while the last one is written, it still is.
+    with jax.set_mesh(mesh), context.using(experiment.mesh.context), notice.on_sigterm(), contextlib.closing(saved):
         start = init_state(experiment, mesh, saved)
         first = int(jax.device_get(start.state.step))
         run = Run(
@@ -217,12 +218,12 @@ def _begin(run: Run, start: Start) -> None:
         run.progress.say(f"all {experiment.num_steps} steps are done; raise train.steps to go on")
     if jax.process_index() == 0:
         folder = epath.Path(experiment.workdir)
-        (folder / CONFIG_FILE).write_text(config.to_json(experiment) + "\n")
+        metrics.write_whole(folder / CONFIG_FILE, config.to_json(experiment) + "\n")
         environment = {
             "python": platform.python_version(), "jax": jax.__version__, "devices": len(devices),
             "device_kind": devices[0].device_kind, "processes": jax.process_count(), "origin": start.origin,
         }  # fmt: skip
-        (folder / ENVIRONMENT_FILE).write_text(json.dumps(environment, indent=2) + "\n")
+        metrics.write_whole(folder / ENVIRONMENT_FILE, json.dumps(environment, indent=2) + "\n")
 
 
 class Source:

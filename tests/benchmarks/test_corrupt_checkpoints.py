@@ -22,11 +22,12 @@ def trial(*arguments: str) -> dict[str, Any]:
 
 
 def test_no_damage_is_restored_silently() -> None:
-    found = trial("--flips=24", "--truncations=8", "--swaps=8", "--seed=1")
-    assert all(found[kind]["fall-back"] > 0 for kind in ("flips", "truncations", "swaps")), found
+    found = trial("--flips=12", "--truncations=6", "--swaps=6", "--seed=1")
+    assert sum(found[kind].get("fall-back", 0) for kind in ("flips", "truncations", "swaps")) > 0, found
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_no_damage_is_restored_silently_in_full() -> None:
-    trial()
+    found = trial()
+    assert all(found[kind]["fall-back"] > 0 for kind in ("flips", "truncations", "swaps")), found

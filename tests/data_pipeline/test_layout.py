@@ -7,7 +7,7 @@ import pytest
 
 from data_pipeline import chat, layout
 from data_pipeline.layout import Visual
-from data_pipeline.tokenizer import load_tokenizer
+from data_pipeline.tokenizer import load_tokenizer, train_bpe
 from hico_jax.batch import DropSchedule, Geometry
 
 SMALL = Geometry(image_px=2, frames_per_clip=4, tokens_per_clip=4, tokens_per_image=4, max_length=64)
@@ -34,6 +34,17 @@ def test_a_row_written_out():
         0,
     ]  # the run, and what is before it, predict what follows it
     assert weights.tolist() == [0, 1, 1, 1, 1, 1, 0, 1, 0]
+
+
+def test_models_that_name_every_frame():
+    small = train_bpe(["Frame1: What is seen?"] * 4, 300)
+    asked = [{"role": "user", "content": chat.frames_question("What?", 8)}]
+    ids = chat.prompt_ids(small, asked, template="internvl2_5")
+    row = layout.row(ids, None, [Visual.film(8, SMALL, parts=8)], dataclasses.replace(SMALL, max_length=400))
+    runs = np.flatnonzero(np.diff((row.slots >= 0).astype(int)) == 1)
+    assert len(runs) == 8  # four tokens for a clip of four frames: one each
+    assert row.slots[row.slots >= 0].tolist() == list(range(8))
+    assert "Frame8: <img></img>" in small.decode(row.tokens[row.slots < 0])
 
 
 def test_a_film_and_a_tiled_picture_in_one_row():

@@ -25,6 +25,7 @@ def test_the_defaults_hold_together():
         ({"image_aspect": "wide"}, r"data\.image_aspect is 'wide'"),
         ({"image_grid": "six"}, "names no grid"),
         ({"time_message": "loud"}, r"data\.time_message is 'loud'"),
+        ({"resize": "nearest"}, r"data\.resize is 'nearest'; it must be one of exact, fast"),
         ({"truncate": "yes"}, r"data\.truncate is 'yes'"),
         ({"length_buckets": (512, 256)}, r"data\.length_buckets is \(512, 256\); it must rise"),
         ({"clip_buckets": (-1, 4)}, r"data\.clip_buckets"),

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline import prepare, records
-from data_pipeline.annotations import read_annotations
+from data_pipeline import prepare, records, stills
+from data_pipeline.annotations import Sample, read_annotations
 from data_pipeline.loader import make_loader
 from data_pipeline.options import DataConfig
 from data_pipeline.tokenizer import train_bpe
@@ -68,6 +68,15 @@ def test_both_routes_end_in_the_same_examples(both):
         for name in ("tokens", "slots", "targets", "weights", "clips"):
             assert np.array_equal(getattr(a.batch, name), getattr(b.batch, name)), name
     assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize(("folder", "fps"), [("TVQA/frames_hq/a", 3.0), ("tvqa_a", 3.0), ("other/a", 1.0)])
+def test_a_folder_keeps_its_frame_rate(tmp_path, folder, fps):
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "0.png").touch()
+    path = str(tmp_path / folder)
+    _, (placed,) = prepare.plan_media([Sample("a", "s", "video", (path,), ())])
+    assert stills.folder_fps(placed.paths[0]) == stills.folder_fps(path) == fps
 
 
 def test_every_file_is_held_once(both):

@@ -53,6 +53,15 @@ def test_frames_stand_in_order_in_their_clips(film, film_kit, small):
     assert numbers == laid.films[0][1].tolist() == [2, 8, 14, 21, 27, 33, 39, 46]
 
 
+def test_films_are_squashed_as_the_option_says(film, small):
+    exact, fast = (
+        make(Sample("a", "s", "video", (str(film),), talk()), small, dataclasses.replace(CONFIG, resize=how)).clips
+        for how in ("exact", "fast")
+    )
+    assert exact.shape == fast.shape
+    assert (exact != fast).any()
+
+
 def test_pictures(tmp_path, small):
     Image.new("RGB", (16, 8)).save(tmp_path / "a.png")
     path = str(tmp_path / "a.png")
@@ -94,39 +103,3 @@ def test_faults(sample, changed, fault, film, small):
     sample = dataclasses.replace(sample, paths=tuple(str(film) if p == "FILM" else p for p in sample.paths))
     with pytest.raises(ValueError, match=fault):
         samples.lay_out(sample, dataclasses.replace(CONFIG, **changed), GEOMETRY, small, RNG)
-
-
-def test_a_question_about_a_film(small):
-    seen = dict(indices=np.arange(8), fps=25.0, duration_s=2.0)
-    row = samples.inference_row(small, GEOMETRY, "What?", **seen)
-    text = small.decode(row.tokens[row.slots < 0], skip_special=False)
-    assert text.endswith(
-        "<|im_start|>user\n\nThe video lasts for 2.00 seconds, and 8 frames are uniformly sampled from it. What?"
-        "<|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert row.slots.max() == 7
-    assert (row.labels == -100).all()
-    history = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A ball."}]
-    longer = samples.inference_row(small, GEOMETRY, [*history, {"role": "user", "content": "Sure?"}], **seen)
-    assert longer.tokens[: len(row)].tolist() == row.tokens.tolist()
-    assert (longer.slots >= 0).sum() == 8
-    assert history[0]["content"] == "What?"
-    batch = samples.inference_batch(row, GEOMETRY, length=200, num_clips=4)
-    assert batch.shape == (1, 200)
-    assert batch.clips.shape == (1, 0, 4, 8, 8, 3)
-    assert not batch.weights.any()
-
-
-def test_a_question_without_a_film(small):
-    row = samples.inference_row(small, GEOMETRY, "Hello?")
-    assert (row.slots < 0).all()
-    with pytest.raises(ValueError, match="has no user turn"):
-        samples.inference_row(small, GEOMETRY, [])
-
-
-def test_models_that_name_every_frame(small):
-    row = samples.inference_row(small, GEOMETRY, "What?", indices=np.arange(8), template="internvl2_5")
-    runs = np.flatnonzero(np.diff((row.slots >= 0).astype(int)) == 1)
-    assert len(runs) == 8  # four tokens for a clip of four frames: one each
-    assert row.slots[row.slots >= 0].tolist() == list(range(8))
-    assert "Frame8: <img></img>" in small.decode(row.tokens[row.slots < 0])

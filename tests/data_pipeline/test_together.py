@@ -88,7 +88,7 @@ def data(tmp_path):
 def test_each_host_decodes_its_clips_and_together_they_are_the_film(data, small, changed, monkeypatch):
     decoded, plain = [], sample.read_clips
     monkeypatch.setattr(
-        sample, "read_clips", lambda info, indices, g: decoded.append(len(indices)) or plain(info, indices, g)
+        sample, "read_clips", lambda info, indices, *more: decoded.append(len(indices)) or plain(info, indices, *more)
     )
     config = dataclasses.replace(data, **changed)
     whole = list(loader.make_loader(config, GEOMETRY, small))

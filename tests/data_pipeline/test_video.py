@@ -39,6 +39,39 @@ def test_a_squashed_film_is_each_frame_squashed(film):
     assert (small.frames == np.stack([resize(f, 14, 28) for f in whole.frames])).all()
 
 
+@pytest.mark.parametrize(
+    ("codec", "pix_fmt", "rotation"),
+    [
+        ("libx264", "yuv420p", None), ("libx264", "yuv420p", 90), ("libx264", "yuv444p", None),
+        ("libx264", "yuv420p10le", None), ("mjpeg", "yuvj420p", 180),
+    ],
+)  # fmt: skip
+def test_squashed_fast_a_film_is_nearly_the_same(film_kit, tmp_path, codec, pix_fmt, rotation):
+    options = None if codec == "mjpeg" else {"g": "12"}
+    path = film_kit.write(
+        tmp_path / "film.mkv" if rotation is None else tmp_path / "film.mov", 30, codec=codec, pix_fmt=pix_fmt,
+        rotation=rotation, options=options, width=160, height=64,
+    )  # fmt: skip
+    size = (96, 40) if rotation == 90 else (40, 96)
+    exact, fast = (
+        np.concatenate(list(video.iter_frames(path, np.arange(30), size, fast=f))).astype(int) for f in (False, True)
+    )
+    assert fast.shape == exact.shape == (30, *size, 3)
+    assert 0 < np.abs(fast - exact).mean() < 6  # bars one pixel wide at their edges
+    assert abs((fast - exact).mean()) < 1
+    if rotation is None:
+        assert [film_kit.read_number(f) for f in fast] == list(range(30))
+
+
+def test_squashed_fast_real_films_are_nearly_the_same(videos):
+    for name in ("bigbuckbunny.mp4", "bikes.mp4", "nasa_13013.mp4"):
+        exact, fast = (
+            np.concatenate(list(video.iter_frames(videos / name, [9, 60], (224, 224), fast=f))).astype(int)
+            for f in (False, True)
+        )
+        assert 0.2 < np.abs(fast - exact).mean() < 2.5, name
+
+
 def test_sampling_reads_the_frames_it_names(film, film_kit):
     got = video.read_frames(film, sampling=Sampling("middle", 1, 10))
     assert [film_kit.read_number(f) for f in got.frames] == got.indices.tolist() == list(range(2, 50, 5))

@@ -37,6 +37,23 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: pathlib.Path) -> None:
     assert metrics.read(str(tmp_path / "nothing")) == []
 
 
+def test_a_kill_while_a_run_begins_again_loses_no_line(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint holds the last lines only: the file must be whole at every moment."""
+    whole = "".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in range(1, 101))
+    (tmp_path / metrics.FILE).write_text(whole)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(metrics.epath.Path(tmp_path)), "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        metrics.Writer(str(tmp_path), resume=60)
+    assert (tmp_path / metrics.FILE).read_text() == whole
+    monkeypatch.undo()
+    metrics.Writer(str(tmp_path), resume=60).close()
+    assert [line["step"] for line in metrics.read(str(tmp_path))] == list(range(1, 61))
+
+
 def test_tokens_and_frames_are_counted_without_padding(batch: Batch) -> None:
     segments = batch.segments.copy()
     segments[0, -3:] = 0

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.options import DataConfig
-from hico_jax import config, metrics, optim, registry, start, step, train
+from hico_jax import checkpoint, config, metrics, optim, preempt, registry, start, step, train
 from hico_jax.batch import Batch
 from hico_jax.config import CheckpointConfig, Experiment, TrainConfig
 from hico_jax.parallel.mesh import MeshConfig
@@ -79,6 +79,21 @@ class Counter:
 
     def set_state(self, state: dict[str, int]) -> None:
         self.position = state["position"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs() -> Iterator[None]:
+    """Runs of the same settings on the same mesh share what they compile: every start would compile the same."""
+    begin, held = step.Stepper.__init__, dict[str, Any]()
+
+    def stepper(self: Any, settings: Experiment, begun: start.Start, mesh: Any, say: Any) -> None:
+        begin(self, settings, begun, mesh, say)
+        same = dataclasses.replace(settings, workdir="", checkpoint=CheckpointConfig())
+        self._compiled = held.setdefault(f"{same} {mesh}", {})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step.Stepper, "__init__", stepper)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -194,19 +209,13 @@ def test_a_run_resumes_from_what_any_of_twenty_instants_leaves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`benchmarks/kill_anywhere.py` kills for real every time, and resumes in new processes."""
-    programs: dict[Any, Any] = {}  # every restart would compile the same, and draw the same numbers
-    begin, random = step.Stepper.__init__, start._random
+    random = start._random  # every restart would draw the same numbers
     drawn: list[Any] = []
-
-    def stepper(self: Any, *arguments: Any) -> None:
-        begin(self, *arguments)
-        self._compiled = programs
 
     def once(*arguments: Any) -> Any:
         drawn[:] = drawn or [random(*arguments)]
         return jax.tree.map(jnp.copy, drawn[0])
 
-    monkeypatch.setattr(step.Stepper, "__init__", stepper)
     monkeypatch.setattr(start, "_random", once)
     found, origins = instants(tmp_path, 20, moments=4), set()
     assert len(found) == 20
@@ -230,6 +239,21 @@ def test_a_finished_run_has_nothing_to_do(
     assert "all 6 steps are done" in said
     assert "WARNING: changed since the checkpoint: checkpoint.every: 2 -> 3" in said
     assert losses_of(straight[0]) == before
+
+
+def test_sigterm_while_the_last_save_is_written_does_not_end_it(
+    straight: tuple[pathlib.Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed, close = [], checkpoint.Checkpointer.close
+
+    def told(saved: checkpoint.Checkpointer) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        closed.append(close(saved))
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "close", told)
+    with preempt.exit_on_sigterm():
+        train.fit(experiment(straight[0], steps=6), Counter(), devices=ONE)
+    assert len(closed) == 1
 
 
 def test_a_list_of_batches_of_two_shapes_and_an_evaluation(
@@ -296,7 +320,12 @@ def plain_step() -> tuple[Any, dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "accumulate"), [(MeshConfig(2, 2, 1, 2), 1), (MeshConfig(1, 2, 2, 2), 2), (MeshConfig(1, 1, 1, 1), 4)]
+    ("mesh", "accumulate"),
+    [
+        pytest.param(MeshConfig(2, 2, 1, 2), 1, marks=pytest.mark.slow),  # test_scale.py has a mix of all axes
+        (MeshConfig(1, 2, 2, 2), 2),
+        (MeshConfig(1, 1, 1, 1), 4),
+    ],
 )
 def test_meshes_and_micro_batches_give_the_same_step(
     plain_step: tuple[Any, dict[str, float]], mesh: MeshConfig, accumulate: int

@@ -24,7 +24,10 @@ TABLES = {
     "projector": ((r"projector/.*", "lr"), (r".*", None)),
     "tower_projector": ((r"(vision|projector)/.*", "lr"), (r".*", None)),
 }
-CASES = ["train_steps_all", "train_steps_projector", "train_steps_tower_projector"]
+CASES = [
+    "train_steps_all", "train_steps_projector",
+    pytest.param("train_steps_tower_projector", marks=pytest.mark.slow),  # what trains here trains in the first, too
+]  # fmt: skip
 pytestmark = pytest.mark.parity
 
 

@@ -31,7 +31,7 @@ def load(path: pathlib.Path) -> list[Any]:
             return _parquet(path)
         text = path.read_text("utf-8")
         if path.suffix == ".jsonl":
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+            found = [json.loads(line) for line in text.split("\n") if line.strip()]  # U+2028 ends no line of JSON
         elif path.suffix == ".json":
             found = json.loads(text)
         else:
@@ -41,7 +41,8 @@ def load(path: pathlib.Path) -> list[Any]:
     if isinstance(found, dict):
         found = _by_video(found)
     if not isinstance(found, list) or not found:
-        raise ValueError(f"{path}: holds {type(found).__name__} of {len(found)}; a list of questions was expected")
+        count = f" of {len(found)}" if isinstance(found, list | dict | str) else ""
+        raise ValueError(f"{path}: holds {type(found).__name__}{count}; a list of questions was expected")
     return found
 
 

@@ -23,10 +23,6 @@ from hico_jax.evals.needle import shuffled
 from hico_jax.film import Film, Viewer
 from hico_jax.generate import GenerationConfig
 
-# How a question went: answered, answered with nothing, the video cannot be read, the prompt is longer than the model
-# takes, the annotation cannot be asked. All but the first count as wrong.
-STATUSES = ("answered", "empty", "unreadable", "too long", "invalid")
-
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
@@ -155,7 +151,11 @@ def _ask(benchmark: Benchmark, items: Sequence[Item], answerer: Answerer) -> Ite
 
 
 def _line(benchmark: Benchmark, item: Item, reply: Reply, status: str, note: str) -> dict[str, Any]:
-    """What is kept of one question. Without an answer there is nothing to judge, and nothing is guessed."""
+    """What is kept of one question. Without an answer there is nothing to judge, and nothing is guessed.
+
+    `status` is "answered", "empty" (answered with nothing), "unreadable" (the video), "too long" (the prompt) or
+    "invalid" (the annotation).
+    """
     nothing = {"parsed": None, "score": 0.0, "note": ""}
     line = {
         "id": item.id, "source": item.source, "groups": dict(item.groups), "video": item.video, "prompt": item.prompt,

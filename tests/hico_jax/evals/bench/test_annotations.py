@@ -20,6 +20,11 @@ def test_the_same_records_from_every_format(tmp_path: pathlib.Path) -> None:
         assert annotations.load(tmp_path / f"r.{suffix}") == records
 
 
+def test_only_a_newline_ends_a_record(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "r.jsonl").write_text('{"a": "one\u2028two\x85three"}\n\n{"a": "x"}\r\n', "utf-8")
+    assert annotations.load(tmp_path / "r.jsonl") == [{"a": "one\u2028two\x85three"}, {"a": "x"}]
+
+
 def test_what_is_no_annotation_file(tmp_path: pathlib.Path) -> None:
     (tmp_path / "r.parquet").write_bytes(b"PAR1 no")
     (tmp_path / "r.txt").write_text("[]")
@@ -27,6 +32,10 @@ def test_what_is_no_annotation_file(tmp_path: pathlib.Path) -> None:
         annotations.load(tmp_path / "r.parquet")
     with pytest.raises(ValueError, match=r"read from \.json"):
         annotations.load(tmp_path / "r.txt")
+    for content, told in (("[]", "list of 0"), ('{"a": 1}', "dict of 1"), ("5", "int"), ("null", "NoneType")):
+        (tmp_path / "r.json").write_text(content)
+        with pytest.raises(ValueError, match=f"holds {told}; a list of questions was expected"):
+            annotations.load(tmp_path / "r.json")
     with pytest.raises(ValueError, match="no such annotation file"):
         annotations.load(tmp_path / "gone.json")
 
