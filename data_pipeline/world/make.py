@@ -233,7 +233,8 @@ def _stages(files: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
             text += f"  - json_path: {name}\n    sampling_strategy: {strategy}\n"
             if "image" in files[name][0] or "video" in files[name][0]:
                 text += f"    data_root: {'images' if 'image' in files[name][0] else 'videos'}\n"
-        out[stage] = text
+        if any(files[name] for name, _ in rows):
+            out[stage] = text
     return out
 
 
