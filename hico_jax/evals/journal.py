@@ -43,16 +43,17 @@ def read(folder: pathlib.Path, name: str = "answers") -> list[dict[str, Any]]:
     """Every line with an id of its own in `NAME.*.jsonl`; the last line of a file may be unfinished, and is left out.
 
     Raises:
-      ValueError: a line that is not JSON.
+      ValueError: a line that is not a JSON object with an id.
     """
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob(f"{name}.*.jsonl")):
         for number, raw in enumerate(path.read_bytes().split(b"\n")[:-1]):
             try:
                 line = json.loads(raw)
-            except ValueError as error:
-                raise ValueError(f"{path} is damaged in line {number + 1} ({error}); remove it to ask again") from error
-            found.setdefault(line["id"], line)
+                found.setdefault(line["id"], line)
+            except (ValueError, TypeError, KeyError) as error:
+                why = error if isinstance(error, ValueError) else "no object with an id"
+                raise ValueError(f"{path} is damaged in line {number + 1} ({why}); remove it to ask again") from error
     return list(found.values())
 
 

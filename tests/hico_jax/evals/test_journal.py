@@ -34,7 +34,8 @@ def test_other_settings_are_not_mixed_in(tmp_path: pathlib.Path) -> None:
         journal.claim(tmp_path / "b", {})
 
 
-def test_a_damaged_line_is_named(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "answers.0of1.jsonl").write_text('{"id": "1"}\nnot json\n')
+@pytest.mark.parametrize("line", ["not json", "[]", "3", "{}"])
+def test_a_damaged_line_is_named(tmp_path: pathlib.Path, line: str) -> None:
+    (tmp_path / "answers.0of1.jsonl").write_text(f'{{"id": "1"}}\n{line}\n')
     with pytest.raises(ValueError, match=re.escape("answers.0of1.jsonl is damaged in line 2")):
         journal.read(tmp_path)
