@@ -204,8 +204,13 @@ def _memory(
     # The tower is done before the layers start, and the loss before the layers' gradients: one of them lives at a time.
     alive = {
         "layer": (8.0 if training else 4.0) * here * llm.embed_dim
-        + (0.0 if keeps else 4.0 * here * load.heads * training)
-        + max(attention, (4 if training else 3) * wide + (6.0 if training else 4.0) * load.layer / mesh.tensor)
+        + max(
+            attention + (0.0 if keeps else 4.0 * here * load.heads * training),
+            # The MLP backward: beside its slice, the stream's gradients and what attention was computed again for.
+            (12.0 if keeps else 18.0) * here * llm.embed_dim * training
+            + (4 if training else 3) * wide
+            + (3.0 if training else 4.0) * load.layer / mesh.tensor,
+        )
         + (load.row_kv * (3 if training else 1) if load.strategy == "gather" else 0.0),
         "tower": 2.0 * tower
         + 8.0 * tower_trains
