@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from hico_jax.plan import table
+from hico_jax.plan.program import BYTES
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
 THROUGH = ("bitcast", "optimization-barrier", "copy-done", "all-gather-done", "collective-permute-done",
            "all-reduce-done", "async-done", "async-update")  # fmt: skip
 STARTS = ("copy-start", "collective-permute-start", "all-gather-start", "all-reduce-start", "async-start")

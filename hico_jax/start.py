@@ -53,7 +53,7 @@ def init_state(experiment: Experiment, mesh: Mesh, saved: checkpoint.Checkpointe
       ValueError: weights that do not fit the model, every difference listed.
     """
     model = nnx.eval_shape(lambda: experiment.model.build(rngs=nnx.Rngs(params=0)))
-    parts = _split(experiment, model)
+    parts = split(experiment, model)
     tx = optim.optimizer(experiment.optim, experiment.num_steps, parts.trainable)
     weights = _with_shardings((parts.trainable, parts.frozen), mesh)
     start = functools.partial(Start, parts.graphdef, tx)
@@ -76,7 +76,7 @@ def init_state(experiment: Experiment, mesh: Mesh, saved: checkpoint.Checkpointe
             whole = jax.jit(lambda: experiment.model.build(rngs=nnx.Rngs(params=experiment.train.seed)))()
             whole = nnx.merge(parts.graphdef, trainable, frozen) if not experiment.lora.rank else whole
             whole, names = load.load_into(whole, experiment.init.weights, mesh=mesh)
-            trainable, frozen = _split(experiment, whole)[1:]
+            trainable, frozen = split(experiment, whole)[1:]
             origin = f"{len(names)} arrays of {', '.join(experiment.init.weights)}; others random"
     moments = jax.jit(tx.init, out_shardings=_shardings(jax.eval_shape(tx.init, trainable), mesh))(trainable)
     return start(_state(0, trainable, frozen, moments, mesh), origin)
@@ -85,7 +85,7 @@ def init_state(experiment: Experiment, mesh: Mesh, saved: checkpoint.Checkpointe
 def abstract_start(experiment: Experiment, mesh: Mesh) -> Start:
     """What a run would begin with, as shapes with their places on the mesh."""
     model = nnx.eval_shape(lambda: experiment.model.build(rngs=nnx.Rngs(params=0)))
-    graphdef, trainable, frozen = _split(experiment, model)
+    graphdef, trainable, frozen = split(experiment, model)
     tx = optim.optimizer(experiment.optim, experiment.train.steps or 1, trainable)
     moments = jax.eval_shape(tx.init, trainable)
     step = jax.ShapeDtypeStruct((), np.int32, sharding=_whole(mesh, 0))
@@ -97,7 +97,7 @@ def _passed(found: checkpoint.Restored) -> str:
     return "".join(f" (WARNING: skipped {reason})" for reason in found.skipped)
 
 
-def _split(experiment: Experiment, model: nnx.Module) -> optim.Parts:
+def split(experiment: Experiment, model: nnx.Module) -> optim.Parts:
     """The model by its table of rates; or all of it frozen, and adapters that train."""
     if not experiment.lora.rank:
         return optim.split(model, experiment.optim.rates)
@@ -120,13 +120,13 @@ def _from_parent(experiment: Experiment, model: Any, mesh: Mesh, weights: Any) -
     found = lora.load_merged(str(experiment.init.parent), checkpoint.to_dict(base))
     graphdef, state = nnx.split(model)
     whole = nnx.merge(graphdef, checkpoint.from_dict(found.params, state))
-    return *jax.jit(lambda m: tuple(_split(experiment, m)[1:]))(whole), found
+    return *jax.jit(lambda m: tuple(split(experiment, m)[1:]))(whole), found
 
 
 def _random(experiment: Experiment, weights: Any) -> Any:
     def build() -> tuple[Any, Any]:
         model = experiment.model.build(rngs=nnx.Rngs(params=experiment.train.seed))
-        return tuple(_split(experiment, model)[1:])
+        return tuple(split(experiment, model)[1:])
 
     return jax.jit(build, out_shardings=jax.tree.map(lambda a: a.sharding, weights))()
 

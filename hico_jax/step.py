@@ -99,12 +99,27 @@ class Stepper:
             step, donate_argnums=0, out_shardings=(jax.tree.map(lambda a: a.sharding, start.state), None)
         )
         self._compiled: dict[Any, Any] = {}
-        self._mesh, self._say = mesh, say
+        self._mesh, self._say, self._parts = mesh, say, experiment.optim.accumulate
         self.compile_s = 0.0  # of the last call; 0 when nothing was compiled
+        self.copied = 0  # rows of this process in the last batch that stand there so that rows divide
 
     def put(self, batch: Batch) -> Batch:
-        """This process's rows as part of the global batch, on the devices."""
-        return sharding.put(zigzag.deal(batch, self._mesh.shape[sharding.SEQUENCE]), self._mesh)
+        """This process's rows as part of the global batch, on the devices.
+
+        Rows that do not divide over the mesh are filled up with copies that do not count (`sharding.rows_filled`); that
+        is said. Without them every device would compute all rows.
+        """
+        filled = sharding.rows_filled(batch, self._mesh, self._parts)
+        copied, told = filled.shape[0] - batch.shape[0], self.copied
+        self.copied = copied
+        if copied and copied != told:
+            step = self._parts * sharding.row_parts(self._mesh)
+            self._say(
+                f"WARNING: {copied} of {filled.shape[0]} rows are copies that do not count: {batch.shape[0]} rows in "
+                f"{self._parts} micro-batches do not divide over slice x data x fsdp = {step // self._parts}; make "
+                f"data.batch_size a multiple of {step}, or raise mesh.sequence so that devices share rows"
+            )
+        return sharding.put(zigzag.deal(filled, self._mesh.shape[sharding.SEQUENCE]), self._mesh)
 
     def compiled(self, state: TrainState, batch: Batch) -> Any:
         """The program for a batch of this shape; arrays may be abstract."""

@@ -159,6 +159,7 @@ def _loop(
         if jax.process_count() > 1:  # the others' rows are about as long
             count = {name: n * experiment.data.batch_size // batch.shape[0] for name, n in count.items()}
         state, numbers = stepper(state, stepper.put(batch))
+        about |= {"copied_rows": stepper.copied} if stepper.copied else {}
         run.log()  # of the step before, while this one runs
         now = time.monotonic()
         seconds = now - began - stepper.compile_s

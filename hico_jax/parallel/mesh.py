@@ -46,6 +46,27 @@ class MeshConfig:
     def sizes(self) -> tuple[int, ...]:
         return (self.data, self.fsdp, self.sequence, self.tensor)
 
+    def fitted(self, count: int) -> MeshConfig:
+        """The same for `count` devices, its -1 worked out.
+
+        Raises:
+          ValueError: the sizes do not multiply to the number of devices.
+        """
+        if count % self.slices:
+            raise ValueError(
+                f"{count} devices are not {self.slices} equal slices; set mesh.slices to the number of slices"
+            )
+        each, sizes = count // self.slices, list(self.sizes)
+        if -1 in sizes:
+            sizes[sizes.index(-1)] = max(1, each // math.prod(s for s in sizes if s > 0))
+        if math.prod(sizes) != each:
+            of_slice = " in each slice" if self.slices > 1 else ""
+            raise ValueError(
+                f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} devices but there are "
+                f"{each}{of_slice}; change mesh.data, mesh.fsdp, mesh.sequence or mesh.tensor, or set one of them to -1"
+            )
+        return dataclasses.replace(self, **dict(zip(AXES, sizes, strict=True)))
+
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Build the mesh over `devices` (JAX devices; default: all).
@@ -54,23 +75,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
       ValueError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    if len(devices) % config.slices:
-        raise ValueError(
-            f"{len(devices)} devices are not {config.slices} equal slices; set mesh.slices to the number of slices"
-        )
-    each = len(devices) // config.slices
-    sizes = list(config.sizes)
-    known = math.prod(s for s in sizes if s > 0)
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = max(1, each // known)
-    if math.prod(sizes) != each:
-        of_slice = " in each slice" if config.slices > 1 else ""
-        raise ValueError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} devices but there are "
-            f"{each}{of_slice}; change mesh.data, mesh.fsdp, mesh.sequence or mesh.tensor, or set one of them to -1"
-        )
+    sizes = config.fitted(len(devices)).sizes
     if config.slices == 1:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
     shape, names = (config.slices, *sizes), (SLICE, *AXES)
     if hasattr(devices[0], "slice_index"):
         arranged = mesh_utils.create_hybrid_device_mesh(

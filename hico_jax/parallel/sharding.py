@@ -197,9 +197,14 @@ def rows_of(mesh: Mesh) -> tuple[int, int]:
     return shares.index(mine), len(shares)
 
 
+def row_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch's rows are split: slice x data x fsdp."""
+    return math.prod(mesh.shape[name] for name in mesh.axis_names if name in RULES["batch"])
+
+
 def _mine(mesh: Mesh) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
-    parts = math.prod(mesh.shape[name] for name in mesh.axis_names if name in RULES["batch"])  # these axes are first
-    owners = np.array([device.process_index for device in mesh.devices.flat]).reshape(parts, -1)
+    owners = np.array([device.process_index for device in mesh.devices.flat])
+    owners = owners.reshape(row_parts(mesh), -1)  # these axes are first
     shares = row_shares(owners)
     return shares, next(s for s in shares if (owners[s[0]] == jax.process_index()).any())
 
@@ -253,17 +258,32 @@ def clip_share(mesh: Mesh) -> tuple[ClipShare, tuple[int, ...]] | None:
     return ClipShare(sizes, tuple(map(tuple, places.tolist()))), processes
 
 
+def rows_filled(batch: Any, mesh: Mesh, parts: int = 1) -> Any:
+    """This process's rows, as many as `put` can split in each of `parts` micro-batches: the last one again, unheard.
+
+    In: a `Batch` on the host. Copies have weight 0 in the loss, and are ordinary rows to every kernel, which rows of
+    padding alone are not. They stand at the end: each micro-batch keeps the rows it has on one device.
+    """
+    rows = batch.tokens.shape[0]
+    missing = -rows % (len(_mine(mesh)[1]) * parts)
+    if not missing:
+        return batch
+    filled = jax.tree.map(lambda a: np.concatenate([a, np.repeat(np.asarray(a)[-1:], missing, 0)]), batch)
+    filled.weights[rows:] = 0
+    return filled
+
+
 def put(batch: Any, mesh: Mesh) -> Any:
     """This process's rows (`rows_of`) as part of the global batch, on the devices.
 
     Raises:
-      ValueError: rows that do not divide over the mesh.
+      ValueError: rows that do not divide over the mesh: every device would compute all of them.
     """
     shares, mine = _mine(mesh)
     count, parts = len(shares), len(shares) * len(mine)
 
     def one(a: Any) -> jax.ShapeDtypeStruct:
-        if count > 1 and a.shape[0] * count % parts:
+        if a.shape[0] * count % parts:
             raise ValueError(
                 f"{a.shape[0] * count} rows cannot be split over slice x data x fsdp = {parts} of the mesh; make "
                 f"data.batch_size a multiple of {parts}, or raise mesh.sequence so that devices share rows"

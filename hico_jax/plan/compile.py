@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from hico_jax import generate, optim, start, step
+from hico_jax import generate, start, step
 from hico_jax.batch import Batch
 from hico_jax.config import Experiment
 from hico_jax.parallel import context, sharding
@@ -97,17 +97,11 @@ def train_step(
         experiment, train=dataclasses.replace(experiment.train, steps=experiment.train.steps or 1000)
     )
     with jax.set_mesh(mesh), context.using(experiment.mesh.context):
-        model = nnx.eval_shape(lambda: experiment.model.build(rngs=nnx.Rngs(params=0)))
-        parts = optim.split(model, experiment.optim.rates)
-        tx = optim.optimizer(experiment.optim, experiment.num_steps, parts.trainable)
-        trainable, frozen = start._with_shardings((parts.trainable, parts.frozen), mesh)
-        moments = start._with_shardings(jax.eval_shape(tx.init, parts.trainable), mesh)
-        count = jax.ShapeDtypeStruct((), jnp.int32, sharding=start._whole(mesh, 0))
-        state = start.TrainState(count, trainable, frozen, moments)
-        batch = _batch(experiment, mesh, rows, tokens, clips)
-        update = functools.partial(step.train_step, graphdef=parts.graphdef, tx=tx, settings=experiment)
-        places = jax.tree.map(lambda a: a.sharding, state)
-        return _compile(jax.jit(update, donate_argnums=0, out_shardings=(places, None)), (state, batch), keep_text)
+        begun = start.abstract_start(experiment, mesh)
+        update = functools.partial(step.train_step, graphdef=begun.graphdef, tx=begun.optimizer, settings=experiment)
+        places = jax.tree.map(lambda a: a.sharding, begun.state)
+        jitted = jax.jit(update, donate_argnums=0, out_shardings=(places, None))
+        return _compile(jitted, (begun.state, _batch(experiment, mesh, rows, tokens, clips)), keep_text)
 
 
 def prefill(experiment: Experiment, mesh: Mesh, *, rows: int, tokens: int, clips: int, room: int = 1024) -> Compiled:

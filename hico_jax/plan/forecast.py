@@ -8,15 +8,14 @@ FLOPs count causal attention at half and what is computed again separately, as t
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
-from hico_jax import optim
+from hico_jax import lora, start
 from hico_jax.config import Experiment
 from hico_jax.models.llm import decoder
 from hico_jax.parallel import context, spread
@@ -101,134 +100,167 @@ def recommend(experiment: Experiment, topology: Topology, shape: Shape) -> tuple
     return min(found, key=lambda f: f[:2])[2:]
 
 
-def resolved(mesh: MeshConfig, topology: Topology) -> MeshConfig:
-    """The mesh with its -1 worked out.
-
-    Raises:
-      ValueError: it does not multiply to the topology's chips.
-    """
-    each, sizes = topology.count // mesh.slices, list(mesh.sizes)
-    known = math.prod(s for s in sizes if s > 0)
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = max(1, each // known)
-    if math.prod(sizes) * mesh.slices != topology.count:
-        raise ValueError(
-            f"the mesh data={sizes[0]} fsdp={sizes[1]} sequence={sizes[2]} tensor={sizes[3]} slices={mesh.slices} "
-            f"needs {math.prod(sizes) * mesh.slices} chips but {topology.name} has {topology.count}; change "
-            "mesh.fsdp or mesh.sequence, or set one of them to -1"
-        )
-    return MeshConfig(*sizes, slices=mesh.slices, context=mesh.context)
-
-
 def sizes_of(experiment: Experiment) -> dict[str, tuple[int, int]]:
-    """(parameters that train, frozen parameters) of vision, projector and llm."""
-    return _sizes_of(experiment.model, experiment.optim.rates)
+    """(parameters that train, frozen parameters) of vision, projector and llm; adapters count where they sit."""
+    return {name: (trains, frozen) for name, (trains, frozen, _) in _weights_of(experiment).items()}
 
 
-@functools.cache
-def _sizes_of(config: Any, rates: optim.Table) -> dict[str, tuple[int, int]]:
-    model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(params=0)))
-    parts = optim.split(model, rates)
-    found: dict[str, list[int]] = {name: [0, 0] for name in ("vision", "projector", "llm")}
-    for i, half in enumerate((parts.trainable, parts.frozen)):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(half):
-            found[str(getattr(path[0], "key", path[0]))][i] += math.prod(leaf.shape)
-    return {name: (a, b) for name, (a, b) in found.items()}
+_KNOWN: dict[Any, dict[str, tuple[int, int, int]]] = {}
+
+
+def _weights_of(experiment: Experiment) -> dict[str, tuple[int, int, int]]:
+    """`sizes_of`, and the bytes that training holds them in."""
+    key = experiment.model, experiment.optim.rates, experiment.lora
+    if key not in _KNOWN:
+        model = nnx.eval_shape(lambda: experiment.model.build(rngs=nnx.Rngs(params=0)))
+        parts = start.split(experiment, model)
+        found: dict[str, list[int]] = {name: [0, 0, 0] for name in ("vision", "projector", "llm")}
+        for i, half in enumerate((parts.trainable, parts.frozen)):
+            for path, leaf in jax.tree_util.tree_leaves_with_path(half):
+                names = [str(getattr(part, "key", part)) for part in path]
+                of = found[names[1] if names[0] == lora.PREFIX else names[0]]
+                of[i] += math.prod(leaf.shape)
+                of[2] += math.prod(leaf.shape) * leaf.dtype.itemsize
+        _KNOWN[key] = {name: (a, b, c) for name, (a, b, c) in found.items()}
+    return _KNOWN[key]
+
+
+class _Load(NamedTuple):
+    """What memory and time both ask for, of one device where nothing else is said."""
+
+    rows: float  # at a time
+    tokens: float  # at a time
+    clips: int
+    patches: int  # of a clip
+    layer: float  # weights of a layer of the language model, whole
+    heads: int  # numbers of a token's queries
+    kv: int  # numbers of a token's keys
+    row_kv: float  # bytes of a layer's keys and values, of whole rows
+    shards: int  # devices that the weights are split over
+    strategy: str
+
+
+def _load(experiment: Experiment, topology: Topology, mesh: MeshConfig, shape: Shape, training: bool) -> _Load:
+    llm, vision = experiment.model.llm, experiment.model.vision
+    rows = max(1.0, shape.rows / (mesh.slices * mesh.data * mesh.fsdp) / (experiment.optim.accumulate * training or 1))
+    tables = llm.vocab_size * llm.embed_dim * (1 if llm.tied else 2)
+    row_kv = 4.0 * shape.tokens * llm.num_kv_heads * llm.head_dim * rows
+    auto = "gather" if row_kv <= context.MOST_GATHERED else "ring"
+    return _Load(
+        rows=rows,
+        tokens=rows * shape.tokens / mesh.sequence,
+        clips=math.ceil(shape.rows * shape.clips / topology.count),
+        patches=(vision.image_px // vision.patch_px) ** 2 * vision.frames_per_clip,
+        layer=(sum(sizes_of(experiment)["llm"]) - tables) / llm.num_layers,
+        heads=llm.num_heads * llm.head_dim,
+        kv=llm.num_kv_heads * llm.head_dim,
+        row_kv=row_kv,
+        shards=mesh.fsdp * mesh.sequence * mesh.tensor,
+        strategy="none" if mesh.sequence == 1 else auto if mesh.context == "auto" else mesh.context,
+    )
 
 
 def forecast(
     experiment: Experiment, topology: Topology, mesh: MeshConfig, shape: Shape, *, training: bool = True
 ) -> Forecast:
     """What one step (or, not training, one prefill) asks of a device."""
-    llm, vision, chip = experiment.model.llm, experiment.model.vision, topology.chip
-    sizes = sizes_of(experiment)
-    count, per_clip = topology.count, experiment.model.geometry().tokens_per_clip
-    shards = mesh.fsdp * mesh.sequence * mesh.tensor
-    parts = experiment.optim.accumulate if training else 1
-    rows_here = max(1.0, shape.rows / (mesh.slices * mesh.data * mesh.fsdp) / parts)
-    here = rows_here * shape.tokens / mesh.sequence  # tokens of a device
-    heads = llm.num_heads * llm.head_dim
-    trains, frozen = sum(t for t, _ in sizes.values()), sum(f for _, f in sizes.values())
-    layer = (sum(sizes["llm"]) - llm.vocab_size * llm.embed_dim * (1 if llm.tied else 2)) / llm.num_layers
-    patches = (vision.image_px // vision.patch_px) ** 2 * vision.frames_per_clip
-    clips_here = math.ceil(shape.rows * shape.clips / count)
+    load, chip = _load(experiment, topology, mesh, shape, training), topology.chip
+    flops, again = _flops(experiment, shape, load, training)
+    compute = (flops + again) / (topology.count * chip.peak * EFFICIENCY)
+    return Forecast(
+        memory=_memory(experiment, topology, mesh, load, training), flops=flops, again=again, compute_s=compute,
+        exposed_s=_exposed(experiment, topology, mesh, shape, load, training, compute),
+        ring_bound=ring_bound(experiment.model.llm, chip.ratio, training), strategy=load.strategy, mesh=mesh,
+    )  # fmt: skip
 
-    kv_bytes = 4.0 * shape.tokens * llm.num_kv_heads * llm.head_dim * rows_here
-    strategy = (
-        "none"
-        if mesh.sequence == 1
-        else mesh.context
-        if mesh.context != "auto"
-        else ("gather" if kv_bytes <= context.MOST_GATHERED else "ring")
-    )
+
+def _memory(
+    experiment: Experiment, topology: Topology, mesh: MeshConfig, load: _Load, training: bool
+) -> dict[str, float]:
+    """Bytes of a device by what holds them."""
+    llm, vision, count = experiment.model.llm, experiment.model.vision, topology.count
+    weights, here = _weights_of(experiment), load.tokens
+    parts = experiment.optim.accumulate if training else 1
+    trains, frozen, held = (sum(of[i] for of in weights.values()) for i in range(3))
+    of_llm, tower, tower_trains = sum(weights["llm"][:2]), sum(weights["vision"][:2]), weights["vision"][0] * training
     keeps = getattr(llm, "remat_keeps", "attention") == "attention"
-    width = llm.embed_dim + (heads if keeps else 0)
-    unembed = llm.vocab_size * llm.embed_dim / mesh.tensor
-    pixels = clips_here * vision.frames_per_clip * 3.0 * vision.image_px**2
-    tower, tower_trains = sum(sizes["vision"]), sizes["vision"][0] * training
-    group = spread.group_size(max(1, clips_here), vision.image_px**2 * vision.frames_per_clip // 256)
+    width = llm.embed_dim + (load.heads if keeps else 0)
+    pixels = load.clips * vision.frames_per_clip * 3.0 * vision.image_px**2
+    group = spread.group_size(max(1, load.clips), vision.image_px**2 * vision.frames_per_clip // 256)
     most = decoder.FRUGAL_SLICE if not training else decoder.MESH_SLICE if count > 1 else decoder.SLICE
-    wide = 2.0 * min(here, most * rows_here) * llm.mlp_dim / mesh.tensor  # one activation of an MLP
-    attention_alive = here * (18 if training else 12) * heads / mesh.tensor  # float32 queries, sums, their parts
+    wide = 2.0 * min(here, most * load.rows) * llm.mlp_dim / mesh.tensor  # one activation of an MLP
+    # Of a step of the ring backward: d_q so far, its new part and their sum in float32; q, out, d_out and the part in
+    # half precision; of keys and values both gradients in float32, and three pairs: own, here, coming.
+    attention = here * (20 * (load.heads + load.kv) if training else 12 * load.heads) / mesh.tensor
     memory = {
-        "parameters": (4.0 if training else 2.0) * (trains + frozen) / shards,
-        "optimizer": 8.0 * trains / shards * training,
+        "parameters": (held if training else 2.0 * (trains + frozen)) / load.shards,
+        "optimizer": 8.0 * trains / load.shards * training,
         # of the batch so far and of a part; and weights in the activations' type, cast before the loop over layers
-        "gradients": (4.0 * trains * (1 + (parts > 1)) + 2.0 * sum(sizes["llm"])) / shards * training,
+        "gradients": (4.0 * trains * (1 + (parts > 1)) + 2.0 * of_llm) / load.shards * training,
         "pixels": (1 + 1.2 / parts * training) * pixels,  # as given, and as the tower cuts them
         "layer inputs": (2.0 * width + 4.0 * llm.num_heads * keeps) * here * llm.num_layers * training,
-        "cache": 0.0 if training else kv_bytes * llm.num_layers / mesh.sequence,
+        "cache": 0.0 if training else load.row_kv * llm.num_layers / mesh.sequence,
     }
     # The tower is done before the layers start, and the loss before the layers' gradients: one of them lives at a time.
     alive = {
         "layer": (8.0 if training else 4.0) * here * llm.embed_dim
-        + (0.0 if keeps else 4.0 * here * heads * training)
-        + max(attention_alive, (4 if training else 3) * wide + (6.0 if training else 4.0) * layer / mesh.tensor)
-        + (kv_bytes * (3 if training else 1) if strategy == "gather" else 0.0),
+        + max(
+            attention + (0.0 if keeps else 4.0 * here * load.heads * training),
+            # The MLP backward: beside its slice, the stream's gradients and what attention was computed again for.
+            (12.0 if keeps else 18.0) * here * llm.embed_dim * training
+            + (4 if training else 3) * wide
+            + (3.0 if training else 4.0) * load.layer / mesh.tensor,
+        )
+        + (load.row_kv * (3 if training else 1) if load.strategy == "gather" else 0.0),
         "tower": 2.0 * tower
         + 8.0 * tower_trains
-        + 2.0 * group * patches * vision.embed_dim * ((2 * vision.num_blocks if tower_trains else 2) + 12)
+        + 2.0 * group * load.patches * vision.embed_dim * ((2 * vision.num_blocks if tower_trains else 2) + 12)
         - memory["layer inputs"],
-        "loss": 12.0 * min(experiment.train.loss_chunk, here) * rows_here * llm.vocab_size * training,
+        "loss": 12.0 * min(experiment.train.loss_chunk, here) * load.rows * llm.vocab_size * training,
     }
     memory["largest of layer, tower, loss"] = max(0.0, *alive.values())
+    return memory
 
-    times = 3.0 if training else 1.0
+
+def _flops(experiment: Experiment, shape: Shape, load: _Load, training: bool) -> tuple[float, float]:
+    """Of the model, and those computed again, on all devices."""
+    llm, vision, sizes = experiment.model.llm, experiment.model.vision, sizes_of(experiment)
     tokens = float(shape.rows * shape.tokens)
-    linear = 2.0 * (layer * llm.num_layers + (unembed if training else 0)) * tokens
-    attention = 2.0 * shape.rows * float(shape.tokens) ** 2 * heads * llm.num_layers
-    seen = shape.rows * shape.clips * patches
-    tower_flops = 2.0 * sum(sizes["vision"]) * seen + 4.0 * seen * patches * vision.embed_dim * vision.num_blocks
-    tower_times = times if sizes["vision"][0] or not training else 1.0
-    flops = times * (linear + attention) + tower_times * tower_flops
-    again = (
-        (linear + (0 if keeps else attention) + 2 * tower_flops * (tower_times > 1)) if training and llm.remat else 0.0
-    )
-    compute = (flops + again) / (count * chip.peak * EFFICIENCY)
+    linear = 2.0 * (load.layer * llm.num_layers + llm.vocab_size * llm.embed_dim * training) * tokens
+    attention = 2.0 * shape.rows * float(shape.tokens) ** 2 * load.heads * llm.num_layers
+    seen = float(shape.rows * shape.clips * load.patches)
+    tower = 2.0 * sum(sizes["vision"]) * seen + 4.0 * seen * load.patches * vision.embed_dim * vision.num_blocks
+    if not training:
+        return linear + attention + tower, 0.0
+    # Forward, and back to what lies below; gradients of weights are taken of what trains alone.
+    of_llm, of_tower = (trains / (trains + frozen) for trains, frozen in (sizes["llm"], sizes["vision"]))
+    flops = (2 + of_llm) * linear + 3 * attention + (2 + of_tower if of_tower else 1) * tower
+    if not llm.remat:
+        return flops, 0.0
+    keeps = getattr(llm, "remat_keeps", "attention") == "attention"
+    return flops, linear + (0.0 if keeps else attention) + 2 * tower * (of_tower > 0)
 
-    c = here
-    bound = ring_bound(llm, chip.ratio, training)
-    steps = mesh.sequence - 1
-    sent = 4.0 * c * llm.num_kv_heads * llm.head_dim / mesh.tensor
-    hop_compute = 2.0 * c * c * heads / mesh.tensor / (chip.peak * EFFICIENCY)
+
+def _exposed(
+    experiment: Experiment, topology: Topology, mesh: MeshConfig, shape: Shape, load: _Load, training: bool,
+    compute_s: float,
+) -> float:  # fmt: skip
+    """Seconds of travel that compute does not hide."""
+    llm, chip, times = experiment.model.llm, topology.chip, 3 if training else 1
+    steps, wide_link = mesh.sequence - 1, chip.link * chip.links
+    sent = 4.0 * load.tokens * load.kv / mesh.tensor
     exposed = 0.0
-    if strategy == "ring":
-        exposed = steps * llm.num_layers * max(0.0, sent / chip.link - hop_compute) * times
-    elif strategy in ("gather", "usp"):
-        exposed = llm.num_layers * steps * sent / (chip.link * chip.links) * times
+    if load.strategy == "ring":
+        hop_s = 2.0 * load.tokens**2 * load.heads / mesh.tensor / (chip.peak * EFFICIENCY)
+        exposed = steps * llm.num_layers * max(0.0, sent / chip.link - hop_s) * times
+    elif load.strategy in ("gather", "usp"):
+        exposed = llm.num_layers * steps * sent / wide_link * times
     # Weights of the next layer come while this one computes; what is slower than its compute shows.
-    weights = (
-        (3 if training else 1)
-        * 2.0
-        * layer
-        * (shards / mesh.tensor - 1)
-        / (shards / mesh.tensor)
-        / (chip.link * chip.links)
-    )
-    exposed += llm.num_layers * max(0.0, weights - compute / llm.num_layers)
-    film = max(0, mesh.sequence - 1) / max(1, mesh.sequence) * shape.clips * per_clip * llm.embed_dim * 2.0 * rows_here
-    exposed += (2 if training else 1) * film / chip.link  # visual tokens on their way home
-    return Forecast(memory, flops, again, compute, exposed, bound, strategy, mesh)
+    away = 1 - mesh.tensor / load.shards
+    exposed += llm.num_layers * max(0.0, times * 2.0 * load.layer * away / wide_link - compute_s / llm.num_layers)
+    film = shape.clips * experiment.model.geometry().tokens_per_clip * llm.embed_dim * 2.0 * load.rows
+    film *= (2 if training else 1) * steps / mesh.sequence  # visual tokens on their way home, and their gradient back
+    return exposed + film / chip.link
 
 
 def ring_bound(llm: Any, ratio: float, training: bool = True) -> float:

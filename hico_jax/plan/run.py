@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         if given
         else dataclasses.replace(f.choose_mesh(micro, topology), context=experiment.mesh.context)
     )
-    mesh = f.resolved(chosen, topology)
+    mesh = chosen.fitted(topology.count)
     check_shape(experiment, mesh, shape)
     found = f.forecast(experiment, topology, mesh, shape, training=not own.get("prefill"))
     report = describe(experiment, topology, shape, found)

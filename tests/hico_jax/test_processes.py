@@ -42,7 +42,7 @@ for sizes, share in ((MeshConfig(1, 8, 1, 1), (jax.process_index(), 2)), (MeshCo
     assert sharding.rows_of(mesh) == share
     whole = Batch.fake(registry.model_config("tiny").geometry(), rows=8, seed=1)
     stepper = object.__new__(Stepper)
-    stepper._mesh = mesh
+    stepper._mesh, stepper._parts, stepper.copied = mesh, 1, 0
     with jax.set_mesh(mesh):
         placed = stepper.put(jax.tree.map(lambda a: a[share[0] :: share[1]], whole))
         totals = jax.jit(lambda b: (b.tokens.sum(), b.clips.astype(jnp.int32).sum()))(placed)

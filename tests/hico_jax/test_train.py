@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -302,11 +303,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: pathlib.Path) -> None
     assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
 
 
-def one_step(settings: Experiment, devices: Any, batch: Batch) -> tuple[Any, dict[str, float]]:
+def one_step(
+    settings: Experiment, devices: Any, batch: Batch, say: Any = lambda _: None
+) -> tuple[Any, dict[str, float]]:
     mesh = train.make_mesh(settings.mesh, devices)
     with jax.set_mesh(mesh):
         begun = train.init_state(settings, mesh)
-        stepper = train.Stepper(settings, begun, mesh, lambda _: None)
+        stepper = train.Stepper(settings, begun, mesh, say)
         state, numbers = stepper(begun.state, stepper.put(batch))
     return state, {k: float(v) for k, v in numbers.items()}
 
@@ -323,16 +326,20 @@ def plain_step() -> tuple[Any, dict[str, float]]:
     ("mesh", "accumulate"),
     [
         pytest.param(MeshConfig(2, 2, 1, 2), 1, marks=pytest.mark.slow),  # test_scale.py has a mix of all axes
-        (MeshConfig(1, 2, 2, 2), 2),
+        pytest.param(MeshConfig(1, 2, 2, 2), 2, marks=pytest.mark.slow),
+        (MeshConfig(1, 3, 2, 1), 2),
         (MeshConfig(1, 1, 1, 1), 4),
     ],
 )
 def test_meshes_and_micro_batches_give_the_same_step(
     plain_step: tuple[Any, dict[str, float]], mesh: MeshConfig, accumulate: int
 ) -> None:
+    """Also where rows do not divide: four of a micro-batch over three devices."""
     settings = dataclasses.replace(experiment(pathlib.Path(), **ADAM_OFF, accumulate=accumulate), mesh=mesh)
-    devices = jax.devices() if mesh.sizes != (1, 1, 1, 1) else ONE
-    state, numbers = one_step(settings, devices, fake(0, rows=8))
+    said: list[str] = []
+    state, numbers = one_step(settings, jax.devices()[: math.prod(mesh.sizes)], fake(0, rows=8), said.append)
+    warned = [line for line in said if "4 of 12 rows are copies that do not count" in line]
+    assert len(warned) == (mesh.fsdp == 3)
     for name, value in plain_step[1].items():
         assert numbers[name] == pytest.approx(value, rel=1e-5), name
     for a, b in zip(leaves(state.optimizer), leaves(plain_step[0].optimizer), strict=True):

@@ -79,17 +79,17 @@ def test_a_model_answers_the_same_through_the_kernels(rows: int, monkeypatch: py
     stream = Stream(x=llm.embed(ids), positions=positions, segments=jnp.ones_like(ids), slots=jnp.full_like(ids, -1))
     token = jax.random.randint(jax.random.key(8), (rows, 1), 0, config.vocab_size, jnp.int32)
 
-    def step(llm: Any, stream: Stream) -> Any:
-        _, cache = generate.prefill(llm, stream, None, room=2)
+    def step(llm: Any, cache: Any) -> Any:
         return llm.decode(llm.embed(token), cache)
 
-    plain, plain_cache = jax.jit(step)(llm, stream)
+    begun = jax.jit(lambda llm, stream: generate.prefill(llm, stream, None, room=2)[1])(llm, stream)
+    plain, plain_cache = jax.jit(step)(llm, begun)
     taken: list[str] = []
     product, attend = decode.product, decode.attention
     monkeypatch.setattr(decode, "PLATFORM", "cpu")
     monkeypatch.setattr(decode, "product", lambda *a, **k: (taken.append("product"), product(*a, **k))[1])
     monkeypatch.setattr(decode, "attention", lambda *a, **k: (taken.append("attention"), attend(*a, **k))[1])
-    got, cache = jax.jit(lambda llm, stream: step(llm, stream))(llm, stream)
+    got, cache = jax.jit(lambda llm, cache: step(llm, cache))(llm, begun)
     assert taken.count("attention") == 1  # the loop's body is traced once
     assert "product" in taken
     # Hidden states of size one behind two layers whose sums are rounded to 8 bits once, here before, there after.

@@ -39,3 +39,11 @@ def test_sizes_that_make_no_sense() -> None:
 def test_sizes_that_do_not_fit_the_devices(config: MeshConfig) -> None:
     with pytest.raises(ValueError, match=r"needs \d+ devices but there are 8; change mesh\.data"):
         make_mesh(config)
+
+
+def test_sizes_are_worked_out_for_devices_that_are_not_here() -> None:
+    assert MeshConfig(data=2, sequence=4, context="usp").fitted(64) == MeshConfig(2, 8, 4, 1, context="usp")
+    with pytest.raises(ValueError, match=r"needs 3 devices but there are 4 in each slice"):
+        MeshConfig(fsdp=3, slices=2).fitted(8)
+    with pytest.raises(ValueError, match=r"5 devices are not 2 equal slices"):
+        MeshConfig(slices=2).fitted(5)

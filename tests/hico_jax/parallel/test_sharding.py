@@ -19,6 +19,7 @@ from hico_jax.parallel.sharding import (
     clip_share,
     put,
     row_shares,
+    rows_filled,
     rows_of,
     shard,
     shardings,
@@ -123,6 +124,21 @@ def test_rows_are_put_where_the_mesh_wants_them() -> None:
     np.testing.assert_array_equal(found["tokens"], batch["tokens"])
     assert found["tokens"].sharding.spec == P(("fsdp",), ("sequence",))
     assert found["clips"].shape == batch["clips"].shape
+
+
+def test_rows_that_do_not_divide_are_refused_or_filled_up_with_copies_that_do_not_count() -> None:
+    mesh = make_mesh(MeshConfig(2, 2, 2, 1))
+    made = Batch.fake(registry.model_config("tiny").geometry(), rows=6, clips=1)
+    with pytest.raises(ValueError, match=r"6 rows cannot be split over slice x data x fsdp = 4 .* a multiple of 4"):
+        put(made, mesh)
+    filled = rows_filled(made, mesh, 2)
+    assert len(put(filled, mesh).clips) == 8
+    for new, old in zip(jax.tree.leaves(filled), jax.tree.leaves(made), strict=True):
+        np.testing.assert_array_equal(new[:6], old)
+    np.testing.assert_array_equal(filled.clips[6:], made.clips[[5, 5]])
+    assert not filled.weights[6:].any()
+    assert made.weights[5].any()
+    assert rows_filled(filled, mesh, 2) is filled
 
 
 @pytest.mark.parametrize("count", [16, 12, 6, 7])

@@ -47,7 +47,7 @@ def test_what_the_compiler_said_is_printed_and_what_it_did_not_say(
         ([], "no --topology is given"),
         (["--topology=v5x:4x4"], "did you mean v5"),
         (["--topology=v5p:4x4x4", "--tokens=many"], "--tokens is 'many'"),
-        (["--topology=v5p:4x4x4", "--config.mesh.fsdp=48"], "needs 48 chips"),
+        (["--topology=v5p:4x4x4", "--config.mesh.fsdp=48"], "needs 48 devices but there are 64"),
         (["--topology=v5p:4x4x4", "--config.mesh.tensor=8"], "mesh.tensor=8; use a divisor of 4"),
         (["--topology=v5p:4x4x4", "--tokns=8"], "unknown flag --tokns; did you mean --tokens?"),
         (["--topology=v5p:4x4x4", "--frobnicate"], "unknown flag --frobnicate; known are --config"),
