@@ -177,8 +177,10 @@ BAD = [
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "surrogate"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, "last message must have the role user"),
     ({"temperature": "hot"}, "temperature must be a number"),
+    ({"temperature": False}, "temperature must be a number"),
     ({"temperature": 1e400}, "not JSON"),
     ({"max_tokens": 0}, "max_tokens must be a whole number from 1"),
+    ({"max_completion_tokens": None, "max_tokens": 65}, "max_tokens must be a whole number from 1 to 64"),
     ({"top_p": 0}, "top_p must be a number above 0"),
     ({"n": 2}, "n is not supported"),
     ({"tools": [{}]}, "tools is not supported"),
@@ -213,6 +215,7 @@ def test_mistakes_get_one_sentence(served: Served, change: dict[str, Any], messa
 def test_bodies_and_clients_that_are_refused(served: Served) -> None:
     ok = json.dumps({"messages": [{"role": "user", "content": "Hello?"}], "max_tokens": 1}).encode()
     assert served.post(ok)[0] == 200
+    assert served.post(ok.replace(b'{"mes', b'{"model": null, "mes'))[0] == 200
     assert served.post(b"[" * 100_000)[0] == 400
     assert served.post(b"\xff\xfe")[0] == 400
     assert served.post(b"3")[1]["error"]["message"] == "the body must be a JSON object"
@@ -246,6 +249,30 @@ def test_uploads_that_are_refused_leave_nothing(served: Served, films: list[path
     status, told = upload(served, films[0].read_bytes())
     assert (status, told["filename"]) == (200, "a.mp4")
     assert {p.parent for p in served.store.folder.rglob("*")} == {served.store.folder}
+
+
+def test_what_a_file_may_be_is_said_over_http(
+    served: Served, films: list[pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seconds, frames, pixels and time of a film; pixels of a picture that would unpack to a gigabyte."""
+
+    def refused(url: str, message: str, **limits: float) -> None:
+        monkeypatch.setattr(served.store, "limits", Limits(**limits))  # type: ignore[arg-type]
+        body = {"messages": video(url), "max_tokens": 1}
+        status, told = served.post(json.dumps(body).encode())
+        assert (status, set(told["error"])) == (400, {"message", "type", "param", "code"})
+        assert message in told["error"]["message"]
+        assert str(served.store.folder) not in told["error"]["message"]
+
+    film = upload(served, films[1].read_bytes())[1]["id"]
+    refused(film, "a.mp4: the video lasts 8 s; at most 5 s are taken", duration_s=5)
+    refused(film, "the video has 8 frames; at most 7 are taken", source_frames=7)
+    refused(film, "64x64 are too large", pixels=100)
+    refused(film, "took more memory or time than is allowed", seconds=0.01)
+    Image.new("1", (30_000, 12_000)).save(tmp_path / "bomb.png")
+    assert (tmp_path / "bomb.png").stat().st_size < 1 << 17
+    refused(data_url(tmp_path / "bomb.png", "image/png"), "pixels")
+    assert not served.store.under_way
 
 
 def test_health_and_figures(served: Served) -> None:
