@@ -19,6 +19,7 @@ from PIL import Image
 
 from hico_jax.api import Model
 from hico_jax.generate import GenerationConfig
+from hico_jax.serve import app
 from hico_jax.serve.app import Options, Server, local
 from hico_jax.serve.decoder import Limits
 from hico_jax.serve.engine import Engine
@@ -36,9 +37,9 @@ class Served:
         self.store = Store(folder, model, self.engine.call, limits=limits, allowance=allowance)
         settings = Options(**{"name": "tiny", "json_bytes": 2 << 20, "body_s": 0.5, "max_new_tokens": 64, **options})
         server = Server(model, self.engine, self.store, settings)
-        app, self.rates = server.app(), server.rates
+        routes, self.rates = server.app(), server.rates
         protocol = type("Quick", (Timed,), {"head_s": 0.5})
-        config = uvicorn.Config(app, port=0, log_level="error", http=protocol, ws="none", lifespan="off")
+        config = uvicorn.Config(routes, port=0, log_level="error", http=protocol, ws="none", lifespan="off")
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -360,7 +361,10 @@ def test_bytes_whose_file_had_to_go_are_taken_anew(
 
 
 def test_what_takes_too_long_is_a_504(
-    make_model: Callable[..., Model], films: list[pathlib.Path], tmp_path: pathlib.Path
+    make_model: Callable[..., Model],
+    films: list[pathlib.Path],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whether the device, a film or a turn at the readers keeps it waiting; streamed, the error is the last event."""
     served = Served(make_model(), tmp_path, request_s=0.4)
@@ -376,10 +380,19 @@ def test_what_takes_too_long_is_a_504(
             assert stream or error.value.status_code == 504  # type: ignore[attr-defined]
             gate.set()
             assert held.result(60), "the answer came while the device was busy"
+        gate = threading.Event()
+        with monkeypatch.context() as patch:  # a prompt whose making compiles for long
+            patch.setattr(app, "prompt", lambda *given: gate.wait(60) and None)
+            with pytest.raises(openai.InternalServerError, match="made ready within"):
+                client.chat.completions.create(model="tiny", messages=hello)
+            assert not gate.is_set(), "the answer came only after the prompt"
+            gate.set()
         sent = client.files.create(file=films[0], purpose="vision")
         for _ in range(2):
             served.store.readers.acquire()  # as if two long films were being read
-        with pytest.raises(openai.InternalServerError, match=r"the media were not read within 0\.4 s") as late:
+        with pytest.raises(
+            openai.InternalServerError, match=r"the media were not read and made ready within 0\.4 s"
+        ) as late:
             client.chat.completions.create(model="tiny", messages=video(sent.id))
         assert late.value.status_code == 504
         head = f"GET /v1/files/{sent.id}/timeline HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
