@@ -164,7 +164,7 @@ def test_the_shipped_model_answers_on_the_page(browser: Any, tmp_path: pathlib.P
     hidden = needle.hide(tmp_path, 96, 0.62, 90_000)
     film = pathlib.Path(hidden.film.path).rename(tmp_path / "film.mp4")
     card = hidden.film.scene.cards[0]
-    rig = serve_rig.Rig(hico_jax.load("nano"), tmp_path / "work", buckets=((2, 2048),), name="nano")
+    rig = serve_rig.Rig(hico_jax.load("nano"), tmp_path / "work", buckets=((1, 2304),), name="nano")
     try:
         for phone in (False, True):
             size = {"width": 375, "height": 700} if phone else {"width": 1000, "height": 900}
