@@ -187,6 +187,7 @@ def test_the_shipped_model_answers_on_the_page(browser: Any, tmp_path: pathlib.P
             page.wait_for_timeout(2000)  # pictures of the clips are painted
             shot(page, "phone" if phone else "page")
             assert len(weights) == 24
+            assert card.start_s - 3 <= 4 * most <= card.end_s  # it looked at the card
             assert 95 < sum(weights) < 105  # rounded to tenths
             context.close()
     finally:
