@@ -4,8 +4,9 @@
 
 The server runs in this process on a free port, with a tiny random model and small limits. Requests are mutations of
 good ones, of their structure and of their bytes; bodies are mutations of films and pictures, sent as uploads or as data
-URLs of whole requests; media are read as the server reads uploads, without a server, in every container. After every
-tenth of them a good request must still get the answer that it got before.
+URLs of whole requests; media are read as the server reads uploads, without a server, in every container, many in one
+confined process (one in fifty in a process of its own, too). After every tenth of requests and bodies a good request
+must still get the answer that it got before.
 
 In: the command line. Out: a table of what came back, and JSON. Exit code 1 if any promise was broken.
 """
@@ -18,6 +19,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import dataclasses
 import http.client
 import json
 import logging
@@ -34,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
+from benchmarks.serve_readers import Readers  # noqa: E402
 from benchmarks.serve_rig import Rig, descriptors, films, mutated, rss_mib, tiny  # noqa: E402
 from data_pipeline.frames import Sampling  # noqa: E402
 from hico_jax.api import Model  # noqa: E402
@@ -189,41 +192,49 @@ def fuzz_server(
     }  # fmt: skip
 
 
-def fuzz_media(count: int, *, seed: int = 0, seconds: float = 1e9) -> dict[str, Any]:
-    """What reading broken files came to."""
+def fuzz_media(count: int, *, seed: int = 0, seconds: float = 1e9, batch: int = 50) -> dict[str, Any]:
+    """What reading broken files came to; one of each batch is also read as the server does, a process of its own."""
     found: collections.Counter[str] = collections.Counter()
-    limits, broken, slowest = Limits(seconds=5.0, memory_bytes=1 << 30), [], 0.0
+    limits, broken, slowest, twice = Limits(seconds=30.0, memory_bytes=1 << 30), [], 0.0, 0
     sampling, decoder, end = Sampling("dynamic_fps1", 8, 16, 4), Decoder(), time.monotonic() + seconds
+    job = {"px": 32, "sampling": dataclasses.asdict(sampling), "chunk": 8}
+    readers = Readers(limits, job)
     with tempfile.TemporaryDirectory() as top:
-        sources, path = films(pathlib.Path(top)), pathlib.Path(top) / "mutant"
-        for i in range(count):
+        sources = films(pathlib.Path(top))
+        for at in range(0, count, batch):
             if time.monotonic() > end:
                 break
-            name, rng = SOURCES[i % len(SOURCES)], np.random.default_rng((seed, i))
-            path.write_bytes(mutated(sources[name], rng))
-            began = time.perf_counter()
+            numbers = range(at, min(count, at + batch))
+            paths = [pathlib.Path(top) / f"mutant{i}" for i in numbers]
+            pictures = [SOURCES[i % len(SOURCES)] in PICTURES for i in numbers]
+            for i, path in zip(numbers, paths, strict=True):
+                path.write_bytes(mutated(sources[SOURCES[i % len(SOURCES)]], np.random.default_rng((seed, i))))
+            answers = readers.read([(str(p), picture) for p, picture in zip(paths, pictures, strict=True)])
+            for i, answer in zip(numbers, answers, strict=True):
+                found[answer["found"]] += 1
+                slowest = max(slowest, answer["seconds"])
+                expected = answer["found"] in ("read", "refused", "ended by a limit")
+                silent = answer["found"] == "refused" and not answer["said"]
+                if not expected or silent or top in str(answer["said"]):
+                    broken.append({"i": i, **answer})
+            which = at // batch % len(paths)
+            how = {"picture": True} if pictures[which] else {**job, "sampling": sampling}
             try:
-                if name in PICTURES:
-                    list(decoder.read(str(path), limits=limits, picture=True))
-                else:
-                    list(decoder.read(str(path), limits=limits, px=32, sampling=sampling, chunk=8))
-                found["read"] += 1
+                list(decoder.read(str(paths[which]), limits=limits, **how))
+                alone = "read"
             except MediaError as error:
-                text = str(error)
-                found["ended by a limit" if "broke the reader" in text else "refused with a sentence"] += 1
-                if top in text or not text:
-                    broken.append({"i": i, "said": text})
-            except Exception as error:  # whatever it is, it is a broken promise
-                broken.append({"i": i, "error": f"{type(error).__name__}: {error}"})
-            took = time.perf_counter() - began
-            slowest = max(slowest, took)
-            broken += [{"i": i, "seconds": took}] if took > limits.seconds + 6 else []
-            path.unlink()
+                alone = "ended by a limit" if "broke the reader" in str(error) else "refused"
+            twice += 1
+            if alone != answers[which]["found"]:
+                broken.append({"i": at + which, "alone": alone, **answers[which]})
+            for path in paths:
+                path.unlink()
         broken += [{"left": str(p)} for p in pathlib.Path(top).rglob("*")]
+    readers.close()
     decoder.close()
     return {
-        "sent": sum(found.values()), "found": dict(found), "slowest_s": round(slowest, 3), "broken": len(broken),
-        "first": broken[:20],
+        "sent": sum(found.values()), "found": dict(found), "slowest_s": round(slowest, 3), "also read alone": twice,
+        "broken": len(broken), "first": broken[:20],
     }  # fmt: skip
 
 

@@ -1,12 +1,12 @@
 """Many requests at once, some broken, some hung up: no wrong answer, none lost or stuck, memory and descriptors flat.
 
     python benchmarks/serve_soak.py --requests 1000 --json soak.json        (a tiny random model; minutes on two cores)
-    python benchmarks/serve_soak.py --model runs/demo/model --frames 8,32,128,512
+    python benchmarks/serve_soak.py --model nano --frames 8,16,32,64                             (the one that ships)
 
 The server runs in this process on a free port; the published `openai` client and bare sockets ask it. Films of several
 lengths, as uploads and as data URLs, pictures, text alone; questions of several lengths; some streamed; one in five
 hangs up at a random moment, some in the middle of a body; one in ten brings a broken file or a request that makes no
-sense. What the others say must be what `Model.ask` says. One at a time is measured in the same run.
+sense. What the others say must be what `Model.ask` says, token for token. One at a time is measured in the same run.
 
 In: the command line. Out: a table, and JSON. Exit code 1 if any promise was broken.
 """
@@ -32,14 +32,18 @@ import openai  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from benchmarks.serve_rig import Rig, descriptors, films, rss_mib, tiny  # noqa: E402
-from data_pipeline import video  # noqa: E402
 from hico_jax import api  # noqa: E402
+from hico_jax.evals import needle  # noqa: E402
 from hico_jax.generate import GenerationConfig  # noqa: E402
 
 QUESTIONS = (
     "What colour is the card?",
-    "What shape is on the card, and where does it stand when the film ends?",
+    "What shape is on the card?",
+    "When is the card shown, and where does it stand when the film ends?",
+    "In which part of the film is the card?",
     "Is there a red card?",
+    "How many cards are there?",
+    "Describe the film.",
     "Which?",
 )
 TOKENS = 12
@@ -50,18 +54,17 @@ GOOD = {"right", "hung up", "refused as it should be"}
 class Load:
     """The server, what is sent to it, and what the right answers are."""
 
-    def __init__(self, folder: str, work: pathlib.Path, lengths: list[int]) -> None:
+    def __init__(self, folder: str, work: pathlib.Path, lengths: list[int], each: int) -> None:
         model = api.load(folder) if folder else tiny()
         longest = max(lengths) // model.geometry.frames_per_clip * model.geometry.tokens_per_clip + 512
         self.rig = Rig(model, work / "uploads", buckets=((8, 512), (4, longest)), name="soak", request_s=120.0)
         rng, client = np.random.default_rng(0), openai.OpenAI(base_url=self.rig.url, api_key="none")
         self.shown: list[dict[str, Any] | None] = [None]
         seen: list[Any] = [None]
-        for i, length in enumerate(lengths):
-            colours = rng.integers(0, 256, (length, 4, 4, 3), dtype=np.uint8)
-            path = video.write_video(work / f"{i}.mp4", colours.repeat(16, 1).repeat(16, 2), 1.0)
+        for i, length in enumerate(length for length in lengths for _ in range(each)):
+            path = pathlib.Path(needle.hide(work, length, float(rng.uniform()), i).film.path)
             url = client.files.create(file=path, purpose="vision").id
-            if i == 0:  # the shortest comes as a data URL each time
+            if length == lengths[0]:  # the shortest come as a data URL each time
                 url = f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
             self.shown.append({"type": "video_url", "video_url": {"url": url}})
             seen.append(model.watch(path))
@@ -71,9 +74,13 @@ class Load:
         self.shown.append({"type": "image_url", "image_url": {"url": url}})
         seen.append(model.look([picture]))
         settings = GenerationConfig(max_new_tokens=TOKENS, eos=model.tokenizer.eos_ids)
-        pairs = [(i, q) for i in range(len(seen)) for q in range(len(QUESTIONS))]
-        turns = [[{"role": "user", "content": QUESTIONS[q], "seen": (seen[i],) if seen[i] else ()}] for i, q in pairs]
-        self.right = {p: model._reply(t, settings).text for p, t in zip(pairs, turns, strict=True)}
+        spell = lambda ids: tuple(model.tokenizer.decode([i], skip_special=False) for i in ids)
+        self.right: dict[tuple[int, int], tuple[str, tuple[str, ...]]] = {}
+        for i, one in enumerate(seen):
+            for q, question in enumerate(QUESTIONS):
+                turn = {"role": "user", "content": question, "seen": () if one is None else (one,)}
+                reply = model._reply([turn], settings)
+                self.right[i, q] = (reply.text, spell(reply.ids))
         self.broken = films(work)
         client.close()
 
@@ -96,18 +103,21 @@ class Load:
         return {**good, "messages": [{"role": "user", "content": [part]}]}
 
 
-async def asked(client: openai.AsyncOpenAI, load: Load, pair: tuple[int, int], stream: bool) -> str:
-    """The whole answer."""
+async def asked(
+    client: openai.AsyncOpenAI, load: Load, pair: tuple[int, int], stream: bool
+) -> tuple[str, tuple[str, ...]]:
+    """The whole answer, and its tokens."""
+    body: dict[str, Any] = {
+        "model": "soak", "messages": load.messages(*pair), "max_tokens": TOKENS, "logprobs": True,
+    }  # fmt: skip
     if not stream:
-        reply = await client.chat.completions.create(model="soak", messages=load.messages(*pair), max_tokens=TOKENS)
-        return reply.choices[0].message.content or ""
-    text = ""
-    events = await client.chat.completions.create(
-        model="soak", messages=load.messages(*pair), max_tokens=TOKENS, stream=True
-    )
-    async for event in events:
+        choice = (await client.chat.completions.create(**body)).choices[0]
+        return choice.message.content or "", tuple(one.token for one in choice.logprobs.content)
+    text, tokens = "", []
+    async for event in await client.chat.completions.create(**body, stream=True):
         text += event.choices[0].delta.content or ""
-    return text
+        tokens += [one.token for one in event.choices[0].logprobs.content] if event.choices[0].logprobs else []
+    return text, tuple(tokens)
 
 
 async def refused(load: Load, body: dict[str, Any]) -> str:
@@ -188,14 +198,17 @@ async def run(load: Load, count: int, at_once: int, seed: int, *, hostile: bool)
 
 
 def soak(
-    folder: str, count: int, sequential: int, at_once: int, lengths: list[int], *, seed: int = 2
+    folder: str, count: int, sequential: int, at_once: int, lengths: list[int], each: int = 3, *, seed: int = 2
 ) -> tuple[dict[str, Any], list[str]]:
     """What came of it, and which promises were broken."""
     with tempfile.TemporaryDirectory() as work:
-        load = Load(folder, pathlib.Path(work), lengths)
+        load = Load(folder, pathlib.Path(work), lengths, each)
         asyncio.run(run(load, 4 * at_once, at_once, 99, hostile=True))  # everything is compiled after it
         settled, before = load.rig.settled(), descriptors()
-        out: dict[str, Any] = {"model": folder or "tiny, random", "different answers": len(set(load.right.values()))}
+        out: dict[str, Any] = {
+            "model": folder or "tiny, random", "different requests": len(load.right),
+            "different answers": len(set(load.right.values())),
+        }  # fmt: skip
         if sequential:
             out["one at a time"] = asyncio.run(run(load, sequential, 1, 1, hostile=False))
             out["at once"] = asyncio.run(run(load, sequential, at_once, 1, hostile=False))
@@ -228,15 +241,16 @@ def soak(
 def main() -> int:
     """Print what came of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="", help="a folder (a tiny random model)")
+    parser.add_argument("--model", default="", help="a folder, or nano (a tiny random model)")
     parser.add_argument("--requests", type=int, default=1000, help="(%(default)s)")
     parser.add_argument("--sequential", type=int, default=100, help="one at a time, for comparison (%(default)s)")
     parser.add_argument("--at-once", type=int, default=16, help="(%(default)s)")
     parser.add_argument("--frames", default="8,16,32,64", help="lengths of the films (%(default)s)")
+    parser.add_argument("--films", type=int, default=3, help="of each length (%(default)s)")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     lengths = [int(n) for n in args.frames.split(",")]
-    out, broken = soak(args.model, args.requests, args.sequential, args.at_once, lengths)
+    out, broken = soak(args.model, args.requests, args.sequential, args.at_once, lengths, args.films)
     print(json.dumps({**out, "broken": broken}, indent=1))
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps({**out, "broken": broken}, indent=1) + "\n")

@@ -3,7 +3,7 @@
 # %% [markdown]
 # A session from the first frame to a reopened file. Run it as a script, or cell by cell in an editor that knows `# %%`.
 #
-#     python docs/serve/session.py runs/demo/model film.mp4
+#     python docs/serve/session.py nano film.mp4
 
 # %%
 import sys
@@ -13,7 +13,7 @@ import time
 import hico_jax
 from hico_jax.serve.session import Session
 
-folder, film = sys.argv[1:3] if len(sys.argv) > 2 else ("runs/demo/model", "runs/demo/film.mp4")
+folder, film = sys.argv[1:3] if len(sys.argv) > 2 else ("nano", "runs/nano/film.mp4")  # of `bash launch/demo.sh`
 model = hico_jax.load(folder)
 
 # %% [markdown]

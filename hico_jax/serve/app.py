@@ -17,7 +17,7 @@ import ipaddress
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -39,7 +39,7 @@ from hico_jax.serve.engine import Request as Ask
 from hico_jax.serve.media import Item, Store, data_url
 from hico_jax.serve.meters import Meters
 from hico_jax.serve.pool import NoRoomError
-from hico_jax.serve.prompts import Media, prompt
+from hico_jax.serve.prompts import Media, Prompt, prompt
 from hico_jax.serve.protocol import ApiError, Chat, Part
 from hico_jax.serve.rates import Rates, neighbourhood
 from hico_jax.serve.replies import Reply, Stream
@@ -241,11 +241,11 @@ class Server:
             raise self._no_model(chat.model)
         turns = await self._in_time(self._turns(request, chat), max(0.0, deadline - time.monotonic()))
         try:
-            row, media = await anyio.to_thread.run_sync(lambda: self.model.row(turns))
+            ready = anyio.to_thread.run_sync(lambda: self._ready(turns, self.owner(request)), abandon_on_cancel=True)
+            asked, media = await self._in_time(ready, max(0.0, deadline - time.monotonic()))
             ask = Ask(
-                prompt(row, media, self.model.geometry, self.owner(request)), chat.settings, chat.stop,
-                top=chat.top_log_probs > 0, look=chat.attention, deadline=deadline,
-            )  # fmt: skip
+                asked, chat.settings, chat.stop, top=chat.top_log_probs > 0, look=chat.attention, deadline=deadline
+            )
             events, ticket = self._submit(ask)
         except RowTooLongError as error:
             most = self.model.geometry.max_length
@@ -262,6 +262,11 @@ class Server:
         if chat.stream:
             return Stream(reply.stream(events, ticket), self.options.send_s, ticket.cancel)
         return await self._whole(request, reply, events, ticket)
+
+    def _ready(self, turns: list[dict[str, Any]], owner: str) -> tuple[Prompt, Sequence[Media]]:
+        """The prompt of a talk. It may compile something, so it runs in a thread: nobody else waits for it."""
+        row, media = self.model.row(turns)
+        return prompt(row, media, self.model.geometry, owner), media
 
     def _submit(self, ask: Ask) -> tuple[AsyncIterator[Any], Any]:
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
@@ -300,11 +305,11 @@ class Server:
             watcher.cancel()
             ticket.cancel()
 
-    async def _in_time(self, work: Coroutine[Any, Any, T], seconds: float) -> T:
+    async def _in_time(self, work: Awaitable[T], seconds: float) -> T:
         try:
             return await asyncio.wait_for(work, seconds)
         except TimeoutError:
-            raise ApiError(504, f"the media were not read within {self.options.request_s:g} s") from None
+            raise ApiError(504, f"the media were not read and made ready within {self.options.request_s:g} s") from None
 
     async def _turns(self, request: Request, chat: Chat) -> list[dict[str, Any]]:
         """Messages with what they show, on the device."""

@@ -90,9 +90,9 @@ def parse(body: Any, *, eos: tuple[int, ...], max_new_tokens: int, max_media: in
         raise ApiError(400, "the last message must have the role user", param="messages")
     if sum(len(turn.parts) for turn in turns) > max_media:
         raise ApiError(400, f"at most {max_media} videos and pictures are taken in one request", param="messages")
-    most = body.get("max_completion_tokens", body.get("max_tokens"))
+    most = _get(body, "max_completion_tokens", body.get("max_tokens"))
     limit = min(512, max_new_tokens) if most is None else _number("max_tokens", most, 1, max_new_tokens, whole=True)
-    temperature = _number("temperature", body.get("temperature", 0) or 0, 0, 2)
+    temperature = _number("temperature", _get(body, "temperature", 0), 0, 2)
     own = body.get("hico")
     if own is not None and not isinstance(own, dict):
         raise ApiError(400, "hico must be an object", param="hico")
@@ -108,7 +108,7 @@ def parse(body: Any, *, eos: tuple[int, ...], max_new_tokens: int, max_media: in
     if options is not None and not isinstance(options, dict):
         raise ApiError(400, "stream_options must be an object", param="stream_options")
     return Chat(
-        model=str(body.get("model", "")), turns=turns, settings=settings, stop=_stop(body.get("stop")),
+        model=str(_get(body, "model", "")), turns=turns, settings=settings, stop=_stop(body.get("stop")),
         stream=_flag(body, "stream"), usage=bool((options or {}).get("include_usage")),
         log_probs=_flag(body, "logprobs"), top_log_probs=top, attention=bool((own or {}).get("attention")),
     )  # fmt: skip

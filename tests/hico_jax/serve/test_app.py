@@ -19,6 +19,7 @@ from PIL import Image
 
 from hico_jax.api import Model
 from hico_jax.generate import GenerationConfig
+from hico_jax.serve import app
 from hico_jax.serve.app import Options, Server, local
 from hico_jax.serve.decoder import Limits
 from hico_jax.serve.engine import Engine
@@ -36,9 +37,9 @@ class Served:
         self.store = Store(folder, model, self.engine.call, limits=limits, allowance=allowance)
         settings = Options(**{"name": "tiny", "json_bytes": 2 << 20, "body_s": 0.5, "max_new_tokens": 64, **options})
         server = Server(model, self.engine, self.store, settings)
-        app, self.rates = server.app(), server.rates
+        routes, self.rates = server.app(), server.rates
         protocol = type("Quick", (Timed,), {"head_s": 0.5})
-        config = uvicorn.Config(app, port=0, log_level="error", http=protocol, ws="none", lifespan="off")
+        config = uvicorn.Config(routes, port=0, log_level="error", http=protocol, ws="none", lifespan="off")
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -177,8 +178,10 @@ BAD = [
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "surrogate"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, "last message must have the role user"),
     ({"temperature": "hot"}, "temperature must be a number"),
+    ({"temperature": False}, "temperature must be a number"),
     ({"temperature": 1e400}, "not JSON"),
     ({"max_tokens": 0}, "max_tokens must be a whole number from 1"),
+    ({"max_completion_tokens": None, "max_tokens": 65}, "max_tokens must be a whole number from 1 to 64"),
     ({"top_p": 0}, "top_p must be a number above 0"),
     ({"n": 2}, "n is not supported"),
     ({"tools": [{}]}, "tools is not supported"),
@@ -213,6 +216,7 @@ def test_mistakes_get_one_sentence(served: Served, change: dict[str, Any], messa
 def test_bodies_and_clients_that_are_refused(served: Served) -> None:
     ok = json.dumps({"messages": [{"role": "user", "content": "Hello?"}], "max_tokens": 1}).encode()
     assert served.post(ok)[0] == 200
+    assert served.post(ok.replace(b'{"mes', b'{"model": null, "mes'))[0] == 200
     assert served.post(b"[" * 100_000)[0] == 400
     assert served.post(b"\xff\xfe")[0] == 400
     assert served.post(b"3")[1]["error"]["message"] == "the body must be a JSON object"
@@ -246,6 +250,30 @@ def test_uploads_that_are_refused_leave_nothing(served: Served, films: list[path
     status, told = upload(served, films[0].read_bytes())
     assert (status, told["filename"]) == (200, "a.mp4")
     assert {p.parent for p in served.store.folder.rglob("*")} == {served.store.folder}
+
+
+def test_what_a_file_may_be_is_said_over_http(
+    served: Served, films: list[pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seconds, frames, pixels and time of a film; pixels of a picture whose file is small."""
+
+    def refused(url: str, message: str, **limits: float) -> None:
+        monkeypatch.setattr(served.store, "limits", Limits(**limits))  # type: ignore[arg-type]
+        body = {"messages": video(url), "max_tokens": 1}
+        status, told = served.post(json.dumps(body).encode())
+        assert (status, set(told["error"])) == (400, {"message", "type", "param", "code"})
+        assert message in told["error"]["message"]
+        assert str(served.store.folder) not in told["error"]["message"]
+
+    film = upload(served, films[1].read_bytes())[1]["id"]
+    refused(film, "a.mp4: the video lasts 8 s; at most 5 s are taken", duration_s=5)
+    refused(film, "the video has 8 frames; at most 7 are taken", source_frames=7)
+    refused(film, "64x64 are too large", pixels=100)
+    refused(film, "took more memory or time than is allowed", seconds=0.01)
+    Image.new("1", (8000, 8000)).save(tmp_path / "bomb.png")
+    assert (tmp_path / "bomb.png").stat().st_size < 1 << 17
+    refused(data_url(tmp_path / "bomb.png", "image/png"), "pixels")
+    assert not served.store.under_way
 
 
 def test_health_and_figures(served: Served) -> None:
@@ -333,7 +361,10 @@ def test_bytes_whose_file_had_to_go_are_taken_anew(
 
 
 def test_what_takes_too_long_is_a_504(
-    make_model: Callable[..., Model], films: list[pathlib.Path], tmp_path: pathlib.Path
+    make_model: Callable[..., Model],
+    films: list[pathlib.Path],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whether the device, a film or a turn at the readers keeps it waiting; streamed, the error is the last event."""
     served = Served(make_model(), tmp_path, request_s=0.4)
@@ -349,10 +380,19 @@ def test_what_takes_too_long_is_a_504(
             assert stream or error.value.status_code == 504  # type: ignore[attr-defined]
             gate.set()
             assert held.result(60), "the answer came while the device was busy"
+        gate = threading.Event()
+        with monkeypatch.context() as patch:  # a prompt whose making compiles for long
+            patch.setattr(app, "prompt", lambda *given: gate.wait(60) and None)
+            with pytest.raises(openai.InternalServerError, match="made ready within"):
+                client.chat.completions.create(model="tiny", messages=hello)
+            assert not gate.is_set(), "the answer came only after the prompt"
+            gate.set()
         sent = client.files.create(file=films[0], purpose="vision")
         for _ in range(2):
             served.store.readers.acquire()  # as if two long films were being read
-        with pytest.raises(openai.InternalServerError, match=r"the media were not read within 0\.4 s") as late:
+        with pytest.raises(
+            openai.InternalServerError, match=r"the media were not read and made ready within 0\.4 s"
+        ) as late:
             client.chat.completions.create(model="tiny", messages=video(sent.id))
         assert late.value.status_code == 504
         head = f"GET /v1/files/{sent.id}/timeline HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"

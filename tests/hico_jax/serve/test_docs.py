@@ -1,4 +1,4 @@
-"""What `docs/serve.md` shows works as it stands; only the address, the model and the film are others."""
+"""What `docs/serve.md` and the README show works as it stands; only the address, the model and the film are others."""
 
 from __future__ import annotations
 
@@ -22,7 +22,15 @@ from hico_jax.serve import session
 from tests.hico_jax.serve.test_app import Served
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs/serve.md").read_text("utf-8"), re.DOTALL)
+
+
+def blocks(name: str) -> list[tuple[str, str]]:
+    """Language and text of a page's examples."""
+    return re.findall(r"```(bash|python)\n(.*?)```", (ROOT / name).read_text("utf-8"), re.DOTALL)
+
+
+BLOCKS = blocks("docs/serve.md")
+README = [(kind, text) for kind, text in blocks("README.md") if "127.0.0.1:8000" in text]
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +55,14 @@ def test_there_are_examples() -> None:
     assert [kind for kind, _ in BLOCKS] == ["bash", "python", "python", "python"]
 
 
+README_PYTHON = [text for kind, text in README if kind == "python"]
+CURL = [text for kind, text in (*BLOCKS, *README) if kind == "bash"]
+
+
 @pytest.mark.skipif(shutil.which("curl") is None or shutil.which("bash") is None, reason="curl or bash is missing")
-def test_curl(served: Served, there: pathlib.Path) -> None:
-    script = BLOCKS[0][1].replace("http://127.0.0.1:8000", served.url).replace("python3", sys.executable)
+@pytest.mark.parametrize("text", CURL, ids=range(len(CURL)))
+def test_curl(text: str, served: Served, there: pathlib.Path) -> None:
+    script = text.replace("http://127.0.0.1:8000", served.url).replace("python3", sys.executable)
     done = subprocess.run(["bash", "-euc", script], cwd=there, capture_output=True, text=True, timeout=60, check=True)
     assert '"finish_reason":' in done.stdout
     assert '"completion_tokens":' in done.stdout
@@ -67,6 +80,13 @@ def test_python(
     exec(compile(code, "docs/serve.md", "exec"), told)
     said = capsys.readouterr().out
     assert "did not run again" in said if number < 3 else said.startswith("3 ")
+
+
+@pytest.mark.parametrize("text", README_PYTHON, ids=range(len(README_PYTHON)))
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_readme(text: str, served: Served, there: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(text.replace("http://127.0.0.1:8000", served.url), "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.slow

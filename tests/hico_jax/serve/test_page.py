@@ -15,7 +15,10 @@ from typing import Any
 
 import pytest
 
+import hico_jax
+from benchmarks import serve_rig
 from hico_jax.api import Model
+from hico_jax.evals import needle
 from tests.hico_jax.serve.test_app import Served
 
 playwright = pytest.importorskip(
@@ -39,6 +42,15 @@ def browser() -> Iterator[Any]:
         chromium = driver.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         yield chromium
         chromium.close()
+
+
+# Ten thousand frames, as the page would draw them.
+LONG = """
+state.timeline = {frames: 10000, times: [...Array(10000).keys()], frames_per_clip: 4, duration_s: 10000, read_s: 0,
+                  encode_s: 0};
+document.getElementById("film").hidden = false;
+draw(null);
+"""
 
 
 def until(page: Any, expression: str, seconds: float = 30.0) -> None:
@@ -109,7 +121,74 @@ def test_mistakes_are_said_on_the_page(browser: Any, served: Served, tmp_path: p
     (tmp_path / "notes.mp4").write_text("only words")
     page.set_input_files("#file", tmp_path / "notes.mp4")
     page.get_by_text("this is a text file, not a film").wait_for(timeout=10_000)
+    page.evaluate(LONG)
+    edge = "Math.round(document.getElementById('line').{}.getBoundingClientRect().right)"
+    assert page.evaluate(edge.format("lastElementChild")) <= page.evaluate(edge.format("parentElement"))
     page.fill("#question", "long " * 400)
     page.keyboard.press("Enter")
     page.locator("#talk p.bad", has_text="tokens longer than the 512").wait_for(timeout=10_000)
     page.close()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_another_film_ends_what_is_said_about_the_first(
+    browser: Any, served: Served, films: list[pathlib.Path]
+) -> None:
+    page = browser.new_page()
+    page.goto(served.url)
+    page.set_input_files("#file", films[0])
+    page.get_by_text("1.mp4 is ready").wait_for(timeout=20_000)
+    held = served.engine.call(lambda: time.sleep(1.0))
+    page.fill("#question", "What is seen?")
+    page.keyboard.press("Enter")
+    page.set_input_files("#file", films[1])
+    page.get_by_text("2.mp4 is ready").wait_for(timeout=20_000)
+    held.result(10)
+    until(page, "document.querySelectorAll('#talk p').length === 0 && !document.getElementById('send').disabled")
+    page.keyboard.type("And here?")
+    page.keyboard.press("Enter")
+    until(page, "document.querySelectorAll('#talk p').length === 2 && !document.getElementById('send').disabled")
+    assert page.evaluate("state.history.length") == 2  # the first question is not part of this talk
+    assert page.locator("#talk p.bad").count() == 0
+    page.close()
+
+
+SHIPPED = pathlib.Path(hico_jax.__file__).parent / "weights" / "nano"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHIPPED.is_dir(), reason="this checkout has no weights")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_the_shipped_model_answers_on_the_page(browser: Any, tmp_path: pathlib.Path) -> None:
+    """What docs/serve shows: HICO_SCREENSHOTS=docs/serve keeps the pictures."""
+    hidden = needle.hide(tmp_path, 96, 0.62, 90_000)
+    film = pathlib.Path(hidden.film.path).rename(tmp_path / "film.mp4")
+    card = hidden.film.scene.cards[0]
+    rig = serve_rig.Rig(hico_jax.load("nano"), tmp_path / "work", buckets=((1, 2304),), name="nano")
+    try:
+        for phone in (False, True):
+            size = {"width": 375, "height": 700} if phone else {"width": 1000, "height": 900}
+            context = browser.new_context(viewport=size, has_touch=phone, is_mobile=phone)
+            page = context.new_page()
+            page.goto(rig.url.removesuffix("v1"))
+            page.set_input_files("#file", film)
+            page.get_by_text("film.mp4 is ready").wait_for(timeout=300_000)
+            for question in ("What shape is on the card?", "What colour is the card?"):
+                page.fill("#question", question)
+                page.keyboard.press("Enter")
+                until(page, "!document.getElementById('send').disabled", 300)
+            _, shape, _, colour = page.locator("#talk p").all_inner_texts()
+            assert (shape, colour) == (card.content, card.colour)
+            weights = [
+                float(b.get_attribute("title").split("; ")[1].split()[0]) for b in page.locator("#line button").all()
+            ]
+            most = weights.index(max(weights))
+            page.locator("#line button").nth(most).click()
+            page.wait_for_timeout(2000)  # pictures of the clips are painted
+            shot(page, "phone" if phone else "page")
+            assert len(weights) == 24
+            assert card.start_s - 3 <= 4 * most <= card.end_s  # it looked at the card
+            assert 95 < sum(weights) < 105  # rounded to tenths
+            context.close()
+    finally:
+        rig.close()
