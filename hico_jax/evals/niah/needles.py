@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ def read(path: pathlib.Path, images: pathlib.Path, px: int, hops: bool) -> list[
     """Needles of a file in the paper's format, its pictures padded to squares and resized.
 
     Single-hop records have `image`, `question`, `answer`; multi-hop ones `images`, and both questions with a 1 and a 2.
+    `way`, which the paper's files lack, is what `questions.told_way` says of a chain.
 
     Raises:
       ValueError: a field or a picture is missing; the record is named.
@@ -55,10 +57,13 @@ def read(path: pathlib.Path, images: pathlib.Path, px: int, hops: bool) -> list[
             if not isinstance(record, dict):
                 raise annotations.Fault(f"it is a {type(record).__name__}, not a record")
             names = annotations.texts(record, "images") if hops else (annotations.text(record, "image"),)
+            way = annotations.text(record, "way") if record.get("way") else ""
+            if way and not re.fullmatch(r"[^:,]+(,[^:,]+)+:[^:]+", way):
+                raise annotations.Fault(f"its way is {way!r}; it must be like 'red, blue: blue circle'")
             marks = (("caption", "1"), ("question", "2")) if hops else (("question", ""),)
             asked = tuple(
                 Asked(
-                    name, annotations.text(record, f"question{mark}"), annotations.text(record, f"answer{mark}")
+                    name, annotations.text(record, f"question{mark}"), annotations.text(record, f"answer{mark}"), way
                 )
                 for name, mark in marks
             )  # fmt: skip
@@ -156,7 +161,7 @@ def dump(needles: Sequence[Needle], folder: pathlib.Path) -> pathlib.Path:
         record |= {"images": names} if len(names) > 1 else {"image": names[0]}
         for mark, asked in zip(("1", "2") if len(needle.asked) > 1 else ("",), needle.asked, strict=True):
             record |= {f"question{mark}": asked.question, f"answer{mark}": asked.answer}
-        records.append(record)
+        records.append(record | ({"way": needle.asked[0].way} if needle.asked[0].way else {}))
     path = folder / "needles.json"
     path.write_text(json.dumps(records, indent=1))
     return path
