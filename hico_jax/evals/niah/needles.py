@@ -161,7 +161,8 @@ def dump(needles: Sequence[Needle], folder: pathlib.Path) -> pathlib.Path:
         record |= {"images": names} if len(names) > 1 else {"image": names[0]}
         for mark, asked in zip(("1", "2") if len(needle.asked) > 1 else ("",), needle.asked, strict=True):
             record |= {f"question{mark}": asked.question, f"answer{mark}": asked.answer}
-        records.append(record | ({"way": needle.asked[0].way} if needle.asked[0].way else {}))
+            record |= {"way": asked.way} if asked.way else {}
+        records.append(record)
     path = folder / "needles.json"
     path.write_text(json.dumps(records, indent=1))
     return path
