@@ -234,6 +234,11 @@ def ask_all(scene: Scene) -> list[Question]:
     return [q for q in (ask(kind, scene) for kind in KINDS) if q is not None]
 
 
+def listed(options: Sequence[str]) -> str:
+    """Options a line each, with their letters in brackets."""
+    return "\n".join(f"({'ABCDEFGH'[i]}) {option}" for i, option in enumerate(options))
+
+
 def multiple_choice(question: Question, rng: np.random.Generator, num_options: int = 4) -> Question:
     """The same question with lettered options, the right one in a random place; the answer is its letter.
 
@@ -251,8 +256,7 @@ def multiple_choice(question: Question, rng: np.random.Generator, num_options: i
     wrong = rng.choice(others, min(num_options - 1, len(others)), replace=False).tolist()
     options = [*wrong, question.answer]
     rng.shuffle(options)
-    lines = "\n".join(f"({'ABCDEFGH'[i]}) {option}" for i, option in enumerate(options))
-    text = f"Question: {question.text}\nOption:\n{lines}\n{ONLY_BEST}"
+    text = f"Question: {question.text}\nOption:\n{listed(options)}\n{ONLY_BEST}"
     return Question(question.kind, text, "ABCDEFGH"[options.index(question.answer)], tuple(options))
 
 
@@ -263,8 +267,7 @@ def paper_choice(
     others = sorted({a for a in allowed if a != answer})
     options = [*rng.choice(others, min(3, len(others)), replace=False).tolist(), answer]
     rng.shuffle(options)
-    lines = "\n".join(f"({'ABCD'[i]}) {option}" for i, option in enumerate(options))
-    return f"{question}\nOptions: {lines}{TAIL}", "ABCD"[options.index(answer)]
+    return f"{question}\nOptions: {listed(options)}{TAIL}", "ABCD"[options.index(answer)]
 
 
 def paper_needle(question: str, answer: str, allowed: Sequence[str], rng: np.random.Generator) -> tuple[str, str]:

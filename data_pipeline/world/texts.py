@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.world.presets import PRESETS, Preset
-from data_pipeline.world.questions import KINDS, ask, choose, conversation
+from data_pipeline.world.questions import KINDS, ask, choose, conversation, listed
 from data_pipeline.world.recipes import SPLITS, Look, in_proportion, make_scene
 from data_pipeline.world.scene import COLOURS, DIGITS, SHAPES
 
@@ -73,8 +73,7 @@ def option_items(rng: np.random.Generator, number: int) -> list[dict[str, Any]]:
             asked, answer = (f"Which option is {option}?", letter)
             if rng.uniform() < 0.25:
                 asked, answer = (f"What is option {letter}?", option)
-            lines = "\n".join(f"({'ABCD'[k]}) {text}" for k, text in enumerate(options))
-            turns.append({"from": "human", "value": f"Options: {lines}\n{asked}"})
+            turns.append({"from": "human", "value": f"Options: {listed(options)}\n{asked}"})
             turns.append({"from": "gpt", "value": answer})
         items.append({"id": f"options_{i:05d}", "conversations": turns})
     return items

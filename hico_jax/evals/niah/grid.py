@@ -220,11 +220,11 @@ def ways(lines: Sequence[Line], grid: Grid) -> dict[str, list[dict[str, Any]]]:
     often the last card is described rightly, `letter` how often the letter after that is the right one.
     """
     found: dict[str, list[dict[str, Any]]] = {}
-    for insertion, frames in itertools.product((*grid.insertions, *grid.controls), grid.frames):
-        cell = insertion, frames * (insertion != BLIND)
+    cells = [(i, f) for i in (*grid.insertions, *grid.controls) for f in ((0,) if i == BLIND else grid.frames)]
+    for cell in cells:
         mine = [x for x in lines if (x["insertion"], x["frames"]) == cell and x.get("followed") is not None]
         if mine:
-            found.setdefault(insertion, []).append({
+            found.setdefault(cell[0], []).append({
                 "frames": cell[1], "followed": mean([x["followed"] for x in mine]),
                 "whole": share([x["followed"] == 1 for x in mine]), "named": share([x["named"] for x in mine]),
                 "letter": share([x["generated"] for x in mine]),

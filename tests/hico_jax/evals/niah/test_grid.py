@@ -158,3 +158,6 @@ def test_ways_of_thoughts() -> None:
         "followed": 0.5, "whole": 0.25, "named": 0.5, "letter": 0.5,
     }  # fmt: skip
     assert grid.ways([], tried) == {}
+    blind = [{**lines[0], "insertion": grid.BLIND, "frames": 0}]
+    told_twice = grid.ways(blind, grid.Grid((8, 16), (), ("pixel",), chains=True, controls=(grid.BLIND,)))
+    assert [row["frames"] for row in told_twice[grid.BLIND]] == [0], "no film has one length"
