@@ -42,6 +42,7 @@ TEMPLATES = {
     ),
 }
 TRAIN_TEMPLATES = ("qwen_2", "plain")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ def read_turns(conversation: Sequence[Mapping[str, str]]) -> list[tuple[str, str
             raise ValueError(
                 f"turn {i} has keys {sorted(turn)}; give 'from' and 'value', or 'role' and 'content', as text"
             )
-        if any("\ud800" <= c <= "\udfff" for c in content):
+        if _SURROGATE.search(content):
             raise ValueError(f"turn {i} holds half of a surrogate pair (U+D800 to U+DFFF), which is no text")
         turns.append((ROLES.get(role, role), content))
     return turns

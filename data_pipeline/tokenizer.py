@@ -20,9 +20,10 @@ IMAGE_TEXT = "<image>"  # where a video or image stands in a text
 PLACEHOLDER = -200  # and in the ids, until layout puts visual tokens there
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 GUARD = "\uf8ff"  # stands inside a mark that is not one; private, and never encoded
-# How Qwen cuts text before merging bytes.
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# How text is cut before merging bytes: as Qwen does, but no punctuation joins a word (Qwen's "(B" is one piece), so that an
+# option's letter in a list is the very token that answers.
+WORD_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -236,7 +237,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BytePairTokenizer:
         raise ValueError(f"vocab_size is {vocab_size}; bytes and special tokens alone need {least}")
     inner = tokenizers.Tokenizer(models.BPE())
     inner.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated")
+    split = pre_tokenizers.Split(tokenizers.Regex(WORD_SPLIT), "isolated")
     inner.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

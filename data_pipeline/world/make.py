@@ -174,7 +174,7 @@ def annotate(preset: Preset, seed: int, media: Sequence[Media]) -> dict[str, lis
     files["stage2_pairs.json"] = _pairs(preset, [m for m in media if m.split == "train" and m.group == "image"])
     files["text.jsonl"] = texts.text_items(np.random.default_rng((seed, 3)), preset.texts)
     files["told.jsonl"] = texts.told_items(preset, seed)
-    files["options.jsonl"] = texts.option_items(np.random.default_rng((seed, 6)), preset.told // 4)
+    files["options.jsonl"] = texts.option_items(np.random.default_rng((seed, 6)), preset.options)
     return files
 
 

@@ -19,6 +19,7 @@ class Preset:
     weights: dict[str, float]  # how often each kind of question is asked where it makes sense; see questions.choose
     texts: int = 60  # text-only conversations
     told: int = 0  # films told in words; see texts.told_items
+    options: int = 0  # conversations about lists of options; see texts.option_items
     vocabulary: int = 512  # of the tokenizer, at most; as many rows as the model's embedding has
     px: int = 96
     short_s: tuple[float, float] = (4.0, 12.5)  # 4 to 12 frames at 1 fps; one length alone does not generalize
@@ -63,6 +64,7 @@ HICO_NANO = Preset(
     px=112,
     texts=400,
     told=24000,
+    options=36000,
     vocabulary=1024,
     long_s=(32.0, 512.0),
     recipes={
