@@ -16,7 +16,7 @@ from typing import Any
 
 from hico_jax.report import charts
 
-STAGES = ("stage1", "stage2", "stage3", "stage3_middle", "stage3_long", "stage4", "stage4_long")
+STAGES = ("told", "stage1", "stage2", "stage3", "stage3_middle", "stage3_long", "stage4", "stage4_long")
 COLUMNS = ("step", "loss", "accuracy", "lr", "grad_norm", "tokens_per_s", "step_s")
 ROWS = 200  # at most so many in a file; each is the mean of its steps
 
