@@ -20,11 +20,9 @@ IMAGE_TEXT = "<image>"  # where a video or image stands in a text
 PLACEHOLDER = -200  # and in the ids, until layout puts visual tokens there
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 GUARD = "\uf8ff"  # stands inside a mark that is not one; private, and never encoded
-# How text is cut before merging bytes: as Qwen does, but no punctuation joins a word (Qwen's "(B" is one piece), so that an
-# option's letter in a list is the very token that answers.
-WORD_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# How text is cut before merging bytes: as Qwen does, but no punctuation joins a word (Qwen's "(B" is one piece), so
+# that an option's letter in a list is the very token that answers.
+WORD_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @runtime_checkable

@@ -42,11 +42,11 @@ stage() {
 far="--config.data.position_skip=163840"
 rest="--config.optim.rates=(('vision/.*',None),('.*','lr'))"
 words="--config.optim.rates=(('vision/.*',None),('projector/.*',None),('.*','lr'))"
-stage told stage3_sft told.yaml 4000 64 512 1 0 --config.init.parent= --config.data.pack=512 --config.optim.lr=1e-3 "$words"
+stage told stage3_sft told.yaml 3000 64 512 1 0 --config.init.parent= --config.data.pack=512 --config.optim.lr=1e-3 "$words"
 stage stage1 stage1_align stage1.yaml 60 64 192 1 1
 stage stage2 stage2_pretrain stage2.yaml 1200 64 512 3 2 --config.optim.lr=1e-3
 stage stage3 stage3_sft short.yaml 2600 64 512 3 0 --config.optim.lr=1e-3 "$far"
-stage stage3_middle stage3_sft middle.yaml 2000 32 960 8 0 --config.data.max_frames=32 --config.optim.lr=8e-4 "$far" "$rest"
+stage stage3_middle stage3_sft middle.yaml 3000 32 960 8 0 --config.data.max_frames=32 --config.optim.lr=8e-4 "$far"
 stage stage3_long stage3_sft long.yaml 400 4 8576 128 0 --config.data.max_frames=512 --config.optim.lr=4e-4 "$far" "$rest" ${DROP:-}
 stage stage4 stage4_highres short.yaml 600 64 512 3 0 --config.optim.lr=5e-4 "$far" ${DROP:-}
 stage stage4_long stage4_highres long.yaml 150 4 4480 64 0 --config.data.max_frames=256 --config.optim.lr=3e-4 "$far" ${DROP:-}

@@ -113,7 +113,8 @@ def plan(preset: Preset, seed: int) -> list[Media]:
         "middle": Look(preset.px, 1.0, preset.middle_s, preset.card_s, preset.contents, preset.written),
     }
     recipes = {
-        "short": preset.recipes, "long": preset.long_recipes, "image": {"card": 1.0}, "middle": preset.middle_recipes,
+        "short": preset.recipes, "long": preset.long_recipes, "image": preset.image_recipes,
+        "middle": preset.middle_recipes,
     }  # fmt: skip
     out: list[Media] = []
     index = 0

@@ -26,6 +26,7 @@ class Preset:
     long_s: tuple[float, float] = (24.0, 64.0)
     middle: tuple[int, int, int] = (0, 0, 0)  # films between short and long, in train, val and test
     middle_s: tuple[float, float] = (16.0, 32.0)  # room for up to eight cards
+    image_recipes: dict[str, float] = dataclasses.field(default_factory=lambda: {"card": 1.0})
     middle_recipes: dict[str, float] = dataclasses.field(default_factory=lambda: {"chain": 1.0})
     card_s: tuple[float, float] = (3.0, 5.0)
     contents: tuple[str, ...] = DIGITS  # what is written on cards
@@ -68,10 +69,11 @@ HICO_NANO = Preset(
     vocabulary=1024,
     long_s=(32.0, 512.0),
     recipes={
-        "card": 0.27, "two_cards": 0.14, "three_cards": 0.1, "chain": 0.12, "two_chains": 0.08,
+        "card": 0.19, "hint": 0.08, "two_cards": 0.14, "three_cards": 0.1, "chain": 0.12, "two_chains": 0.08,
         "mover": 0.14, "count": 0.08, "blink": 0.04, "scenes": 0.03,
     },
-    middle=(2400, 48, 96),
+    image_recipes={"card": 0.6, "hint": 0.4},
+    middle=(7200, 48, 96),
     middle_recipes={
         "card": 0.08, "two_cards": 0.06, "three_cards": 0.06, "chain": 0.35, "two_chains": 0.35, "mover": 0.06,
         "count": 0.04,

@@ -47,13 +47,14 @@ def _only_card(scene: Scene) -> Card | None:
 def follow(cards: Sequence[Card], start: str = "") -> tuple[Card, ...]:
     """The cards of a chain of hints from its first to its last; none if no hint starts it.
 
-    A chain starts at a card with a hint that no other card names: the one of colour `start`, or the only one.
+    A chain starts at a card with a hint that no other card names: the one of colour `start`, or the only one. A hint
+    that names no card leads nowhere.
     """
     by_colour = {card.colour: card for card in cards}
     named = {card.hint for card in cards if card.hint}
-    starts = [card for card in cards if card.hint and card.colour not in named and start in ("", card.colour)]
+    starts = [c for c in cards if c.hint in by_colour and c.colour not in named and start in ("", c.colour)]
     found = starts if len(starts) == 1 else []
-    while found and found[-1].hint:
+    while found and found[-1].hint in by_colour:
         found.append(by_colour[found[-1].hint])
     return tuple(found)
 

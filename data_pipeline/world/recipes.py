@@ -155,6 +155,14 @@ def chain(dice: Dice) -> Scene:
     return _with_hints(scene, [dice.rng.permutation(len(scene.cards))])
 
 
+def hint(dice: Dice) -> Scene:
+    """One card that names another, which is not there: what is written is to be read, nothing to be followed."""
+    scene = cards(dice, 1)
+    (card,) = scene.cards
+    named = dice.pick([colour for colour in COLOURS if colour != card.colour])
+    return dataclasses.replace(scene, cards=(dataclasses.replace(card, hint=named),))
+
+
 def two_chains(dice: Dice) -> Scene:
     """A chain amid the cards of another, or beside one that nothing names: the last card is not the only blank one.
 
@@ -223,6 +231,7 @@ RECIPES: dict[str, Callable[[Dice], Scene]] = {
     "card": lambda dice: cards(dice, 1),
     "two_cards": lambda dice: cards(dice, 2),
     "three_cards": lambda dice: cards(dice, 3),
+    "hint": hint,
     "chain": chain,
     "two_chains": two_chains,
     "mover": mover,

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 
 import pytest
 
-from data_pipeline.world.questions import follow
+from data_pipeline.world.questions import ask_all, follow
 from data_pipeline.world.recipes import RECIPES, SPLITS, Look, held_out, make_scene, scene_seed
 from data_pipeline.world.scene import COLOURS, DIGITS, SHAPES, Scene
 
@@ -113,3 +114,22 @@ def test_of_two_chains_each_is_followed_from_its_own_start():
         ends.add(tuple(sorted(map(len, found))))
     assert (1, 2) in ends
     assert any(min(pair) > 1 for pair in ends)
+
+
+def test_a_lone_hint_is_read_and_leads_nowhere():
+    for index in range(20):
+        scene = make_scene("hint", seed=0, split="train", index=index, look=LOOK)
+        (card,) = scene.cards
+        assert card.hint not in ("", card.colour)
+        assert follow(scene.cards) == ()
+        asked = {question.kind: question for question in ask_all(scene)}
+        assert asked[f"hint_{card.colour}"].answer == card.hint
+        assert asked["caption"].answer.endswith(f"that says {card.hint}")
+        assert not any(kind.startswith(("chain", "walk")) for kind in asked)
+
+
+def test_a_chain_ends_where_a_hint_names_no_card():
+    first, second = (make_scene("hint", seed=0, split="train", index=i, look=LOOK).cards[0] for i in range(2))
+    first = dataclasses.replace(first, colour="red", hint="blue")
+    second = dataclasses.replace(second, colour="blue", hint="white")
+    assert follow((second, first)) == (first, second)
