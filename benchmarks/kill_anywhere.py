@@ -4,10 +4,12 @@
     python benchmarks/kill_anywhere.py --instants 20 --processes 2
     python benchmarks/kill_anywhere.py --instants 20 --signal TERM
     python benchmarks/kill_anywhere.py --instants 20 --fork --steps 6 --every 2
+    python benchmarks/kill_anywhere.py --named --fork
 
 Half of the instants are random moments of a life; the other half are named points: every file operation that a
 process does below its checkpoint folder (create, open for writing, rename, delete), as Python's own audit hook
 reports them. A run goes on from kill to kill until it is done; then another begins, until the instants are used up.
+With --named every named point has its turn once, and nothing else is killed.
 SIGTERM must end with code 75 and lose no step. With --fork a life begins where Python has imported everything and JAX
 has not yet looked for devices: a third of a short life is imports otherwise.
 """
@@ -45,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--signal", choices=("KILL", "TERM"), default="KILL")
     parser.add_argument("--model", default="tiny", help="tiny or nano")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--named", action="store_true", help="every named point once, whatever --instants says")
     parser.add_argument("--fork", action="store_true", help="fork lives from a process that has imported all")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--child", metavar="DIR", help=argparse.SUPPRESS)
@@ -86,17 +89,23 @@ def drive(args: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
             "ended before SIGTERM is heard": early, "seconds": round(time.monotonic() - began, 1),
         }  # fmt: skip
 
-    while kills["random"] + kills["point"] < args.instants:
+    total = len(todo) if args.named else args.instants
+
+    def more() -> bool:
+        return bool(todo) if args.named else kills["random"] + kills["point"] < args.instants
+
+    while more():
         workdir, runs = folder / f"run{runs}", runs + 1
         while True:
-            wanted = kills["random"] + kills["point"] < args.instants
+            wanted = more()
             point = ""
-            if wanted and kills["point"] < kills["random"]:
+            if wanted and (args.named or kills["point"] < kills["random"]):
                 todo = todo or sorted(set(points))
                 left = 1 - latest_step(workdir) / args.steps
                 point = next((p for p in todo if met(p, points, left)), "")
             at_point = point != ""
             todo = [p for p in todo if p != point]
+            wanted = wanted and (at_point or not args.named)
             delay = rng.uniform(0, 1.15 * length) if wanted and not at_point else None
             code = life(args, workdir, data, point, delay)
             if code == 0:
@@ -119,7 +128,7 @@ def drive(args: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
         shutil.rmtree(workdir)
         if args.json:  # after every run: what is known stays known
             pathlib.Path(args.json).write_text(json.dumps(found(), indent=2) + "\n")
-        print(f"{kills['random'] + kills['point']} of {args.instants} instants", file=sys.stderr, flush=True)
+        print(f"{kills['random'] + kills['point']} of {total} instants", file=sys.stderr, flush=True)
     return found()
 
 
