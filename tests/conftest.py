@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ from typing import Any
 # start) the others find here. It is set before JAX is imported, and the workers inherit it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="hico_tests_xla_")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 # Programs here run once or twice on small arrays: making them fast costs more than it gives. Of what is left of a
@@ -74,6 +75,13 @@ def videos() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip("sample clips are not beside this checkout (../shared/videos)")
     return folder
+
+
+def pytest_collection_finish() -> None:
+    """What imports and collection made lives as long as the session: the collector need not walk over it again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)  # tracing makes hundreds of thousands of objects, hardly any of them in cycles
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
