@@ -20,8 +20,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 # Programs here run once or twice on small arrays: making them fast costs more than it gives. Of what is left of a
 # compilation, fusions lowered through MLIR were three quarters; XLA's older emitter does without. Commands inherit it.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}".strip()
+os.environ["XLA_FLAGS"] = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false " + os.environ.get("XLA_FLAGS", "")
+).strip()
 
 import jax
 import numpy as np
