@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+from importlib.metadata import version
 from typing import Any
 
 # Most of the tests' time is XLA's. What one process of the session compiled (pytest's workers and every command they
@@ -19,10 +20,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 # Programs here run once or twice on small arrays: making them fast costs more than it gives. Of what is left of a
-# compilation, fusions lowered through MLIR were three quarters; XLA's older emitter does without. Commands inherit it.
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false " + os.environ.get("XLA_FLAGS", "")
-).strip()
+# compilation, fusions lowered through MLIR were three quarters: XLA's older emitter does without, where it is still
+# there (an unknown flag ends the process). Both workers have a core each: no program is cut up for several threads.
+# Commands inherit it.
+os.environ["XLA_FLAGS"] = " ".join([
+    "--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1",
+    *(["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") else []),
+    os.environ.get("XLA_FLAGS", ""),
+]).strip()  # fmt: skip
 
 import jax
 import numpy as np
