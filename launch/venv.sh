@@ -61,8 +61,9 @@ rm -f "$stamp"  # an interrupted install is not taken for a finished one
 echo "== installing hico_jax$extras and what it needs (a minute or two; nothing to do next time)" >&2
 if command -v uv >/dev/null; then
   uv pip install --quiet --python "$venv/bin/python" --editable "$root$extras" >&2
-else
-  "$venv/bin/python" -m pip install -qq --disable-pip-version-check --editable "$root$extras" >&2
+else  # ten thousand files are compiled on every core, where pip would take one
+  "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-compile --editable "$root$extras" >&2
+  "$venv/bin/python" -W ignore -m compileall -q -j 0 "$venv/lib" >/dev/null 2>&1 || true  # a file may be a template
 fi
 echo "$wanted $extras" >"$stamp"
 echo "== ready in $((SECONDS - began)) s" >&2

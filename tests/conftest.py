@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import pathlib
 import shutil
 import tempfile
+from importlib.metadata import version
 from typing import Any
 
 # Most of the tests' time is XLA's. What one process of the session compiled (pytest's workers and every command they
 # start) the others find here. It is set before JAX is imported, and the workers inherit it.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="hico_tests_xla_")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-# Programs here run once or twice on small arrays: making them fast costs more than it gives. Commands inherit it.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
+# Programs here run once or twice on small arrays: making them fast costs more than it gives. Of what is left of a
+# compilation, fusions lowered through MLIR were three quarters: XLA's older emitter does without, where it is still
+# there (an unknown flag ends the process). Both workers have a core each: no program is cut up for several threads.
+# Commands inherit it.
+os.environ["XLA_FLAGS"] = " ".join([
+    "--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1",
+    *(["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") else []),
+    os.environ.get("XLA_FLAGS", ""),
+]).strip()  # fmt: skip
 
 import jax
 import numpy as np
@@ -72,6 +81,13 @@ def videos() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip("sample clips are not beside this checkout (../shared/videos)")
     return folder
+
+
+def pytest_collection_finish() -> None:
+    """What imports and collection made lives as long as the session: the collector need not walk over it again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)  # tracing makes hundreds of thousands of objects, hardly any of them in cycles
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

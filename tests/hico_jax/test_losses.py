@@ -28,6 +28,9 @@ def dense(hidden: jax.Array, unembed: jax.Array, targets: jax.Array, weights: ja
     return (nll * weights).sum()
 
 
+plain = jax.jit(jax.value_and_grad(dense, argnums=(0, 1)))
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 5, 13, 100])
 def test_chunks_equal_the_whole_in_value_and_gradient(chunk: int) -> None:
     hidden, unembed, targets, weights = example()
@@ -35,8 +38,8 @@ def test_chunks_equal_the_whole_in_value_and_gradient(chunk: int) -> None:
     def ours(hidden: jax.Array, unembed: jax.Array) -> jax.Array:
         return losses.next_token(hidden, unembed, targets, weights, chunk=chunk).total
 
-    value, grads = jax.value_and_grad(ours, argnums=(0, 1))(hidden, unembed)
-    want, want_grads = jax.value_and_grad(dense, argnums=(0, 1))(hidden, unembed, targets, weights)
+    value, grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(hidden, unembed)
+    want, want_grads = plain(hidden, unembed, targets, weights)
     np.testing.assert_allclose(value, want, rtol=1e-6)
     for a, b in zip(grads, want_grads, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)  # sums of about 13 float32 terms of size 1
@@ -92,7 +95,7 @@ def test_a_loss_over_devices_is_the_same_and_no_one_holds_the_unembedding(mesh: 
         return loss.total * 3, loss
 
     graded = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)
-    (_, want), want_grads = graded(hidden, unembed, targets, weights)
+    (_, want), want_grads = jax.jit(graded)(hidden, unembed, targets, weights)
     with jax.set_mesh(placed):
         args = (
             put(hidden, "batch", "length", None), put(unembed, "embed", "vocab"), put(targets, "batch", "length"),

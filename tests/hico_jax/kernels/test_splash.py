@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +27,13 @@ def test_a_step_equals_the_blockwise_one(causal: bool) -> None:
     segments = jnp.asarray(np.repeat([1, 2, 0], [70, 40, 18])[None], jnp.int32)
     positions = jnp.arange(128, dtype=jnp.int32)[None] if causal else None
     real = np.asarray(segments != 0)
-    found = splash.INTERPRETED.forward(q, k, v, segments, segments, positions)
-    expected = ring.BLOCKWISE.forward(q, k, v, segments, segments, positions)
+    found = jax.jit(splash.INTERPRETED.forward)(q, k, v, segments, segments, positions)
+    expected = jax.jit(ring.BLOCKWISE.forward)(q, k, v, segments, segments, positions)
     for f, e in zip(found, expected, strict=True):
         np.testing.assert_allclose(np.asarray(f)[real], np.asarray(e)[real], atol=1e-5)
     lse = jnp.where(segments[..., None] != 0, expected[1] + 0.7, 1e30)
-    found = splash.INTERPRETED.backward(q, k, v, out, lse, d_out, segments, segments, positions)
-    expected = ring.BLOCKWISE.backward(q, k, v, out, lse, d_out, segments, segments, positions)
+    found = jax.jit(splash.INTERPRETED.backward)(q, k, v, out, lse, d_out, segments, segments, positions)
+    expected = jax.jit(ring.BLOCKWISE.backward)(q, k, v, out, lse, d_out, segments, segments, positions)
     for f, e in zip(found, expected, strict=True):
         np.testing.assert_allclose(f, e, atol=1e-5 * max(1, np.abs(e).max()))
 
@@ -44,10 +47,16 @@ def test_one_device_runs_it_without_a_mesh(monkeypatch: pytest.MonkeyPatch) -> N
     segments = jnp.asarray(np.repeat([1, 2, 0], [150, 90, 16])[None], jnp.int32)
     positions = jnp.concatenate([jnp.arange(150), jnp.arange(90), jnp.zeros(16, int)]).astype(jnp.int32)[None]
     where = {"q_positions": positions, "k_positions": positions, "q_segments": segments, "k_segments": segments}
-    found, pull = jax.vjp(lambda *a: attention.attend(*a, **where), q, k, v)
-    expected, pull_expected = jax.vjp(lambda *a: blockwise.attention(*a, **where, causal=True), q, k, v)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(attend: Callable[..., Any], *inputs: Any) -> Any:
+        out, pull = jax.vjp(lambda *a: attend(*a, **where), *inputs)
+        return out, pull(d_out)
+
+    found, pulled = both(attention.attend, q, k, v)
+    expected, pulled_expected = both(functools.partial(blockwise.attention, causal=True), q, k, v)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    for f, e in zip(pull(d_out), pull_expected(d_out), strict=True):
+    for f, e in zip(pulled, pulled_expected, strict=True):
         np.testing.assert_allclose(f, e, atol=2e-5)
 
 

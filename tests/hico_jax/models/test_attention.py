@@ -28,9 +28,9 @@ def where(rows: int, length: int) -> dict[str, Any]:
 @pytest.mark.parametrize("causal", [True, False])
 def test_defaults_are_one_segment_counted_from_zero(causal: bool) -> None:
     q, k, v = arrays(2, 9)
-    expected = reference.attention(q, k, v, **where(2, 9), causal=causal)
-    # float32 sums of nine terms
-    np.testing.assert_allclose(attention.attend(q, k, v, causal=causal), expected, atol=1e-6)
+    expected = jax.jit(lambda *a: reference.attention(*a, **where(2, 9), causal=causal))(q, k, v)
+    found = jax.jit(lambda *a: attention.attend(*a, causal=causal))(q, k, v)
+    np.testing.assert_allclose(found, expected, atol=1e-6)  # float32 sums of nine terms
 
 
 def test_padding_is_zero_and_never_nan_in_gradients() -> None:
@@ -41,7 +41,7 @@ def test_padding_is_zero_and_never_nan_in_gradients() -> None:
         return jnp.square(attention.attend(q, k, v, q_segments=segments, k_segments=segments)).sum()
 
     assert (attention.attend(q, k, v, q_segments=segments, k_segments=segments)[:, 4:] == 0).all()
-    for gradient in jax.grad(loss, (0, 1, 2))(q, k, v):
+    for gradient in jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v):
         assert np.isfinite(gradient).all()
         assert (gradient[:, 4:] == 0).all()
 
@@ -88,11 +88,12 @@ def test_the_fused_path_is_taken_only_where_its_mask_says_the_same(
         positions = jnp.asarray(np.concatenate([np.arange(n, dtype=np.int32) for _, n in split])[None])
         given = {"q_positions": positions, "k_positions": positions, "q_segments": segments, "k_segments": segments}
         ours = given
-    expected = reference.attention(q, k, v, **ours, causal=causal)
+    expected = jax.jit(lambda *a: reference.attention(*a, **ours, causal=causal))(q, k, v)
     packed = split is not None and len({s for s, _ in split if s}) > 1
     for plain in (False,) if packed else (False, True):
         calls.clear()
-        got = attention.attend(q, k, v, causal=causal, plain=plain, **given)
+        # one program; what is given stays the same object, which `attend` asks about
+        got = jax.jit(lambda *a, plain=plain: attention.attend(*a, causal=causal, plain=plain, **given))(q, k, v)
         assert calls
         # bfloat16 has 8 bits: weights and output are each rounded once
         np.testing.assert_allclose(got.astype(jnp.float32), expected.astype(jnp.float32), atol=3e-2)

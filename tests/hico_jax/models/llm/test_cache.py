@@ -15,6 +15,7 @@ from hico_jax.models.llm import cache, qwen2
 from hico_jax.models.llm.decoder import Stream
 
 TINY = qwen2.VARIANTS["tiny"]
+prefill = jax.jit(generate.prefill, static_argnames=("schedule", "room"))
 
 
 def test_last_index_skips_padding() -> None:
@@ -41,7 +42,7 @@ def test_decoding_equals_running_everything_again() -> None:
         x = model.embed(jnp.asarray(tokens[:, :width]))
         return Stream(x=x, positions=positions, segments=jnp.asarray(segments), slots=jnp.full(segments.shape, -1))
 
-    _, kv = generate.prefill(model, stream(list(lengths), 9), None, room=room)
+    _, kv = prefill(model, stream(list(lengths), 9), None, room=room)
     decode = jax.jit(model.decode)
     whole, _ = jax.jit(lambda s: model(s, None))(stream([n + new for n in lengths], 9 + new))
     for t in range(new):
@@ -65,7 +66,7 @@ def test_groups_hold_what_was_alive_there(make_plan: Any) -> None:
     )
     schedule = DropSchedule("attention", (1, 2), (1.0, 0.5, 0.25))
     plan = make_plan(stream, schedule, training=False)
-    _, kv = generate.prefill(model, stream, plan, schedule=schedule, room=5)
+    _, kv = prefill(model, stream, plan, schedule=schedule, room=5)
     assert [g.k.shape for g in kv.groups] == [(1, 2, 2, n + 5, 8) for n in (12, 8, 6)]
     np.testing.assert_array_equal([g.position for g in kv.groups], [[12, 7], [8, 5], [6, 4]])
     assert all((g.segments[:, -5:] == 0).all() for g in kv.groups)
