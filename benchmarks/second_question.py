@@ -96,7 +96,8 @@ def measure(name: str, weights: str, frames: int, piece: int, kind: str, repeats
     settings = GenerationConfig(max_new_tokens=32, eos=())
     ask = lambda seed, count=count: question(visual, count, seed, drop, config.llm.vocab_size)
     began = time.perf_counter()
-    for compiled in (*Programs(pool).prefill(), *Programs(pool).steps(1)):
+    needed = Programs(pool)
+    for compiled in (*needed.prefill(), *needed.far(), *needed.steps(1)):
         compiled()
     first_token(pool, ask(0, min(count, 4 * piece)), settings)  # a short film in a long lane: the small things around
     compile_s = time.perf_counter() - began

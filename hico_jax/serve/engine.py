@@ -264,7 +264,7 @@ class Engine:
                     continue
                 if pool.free():
                     reuse = max(pool.common(lane, request.prompt) for lane in pool.lanes)
-                    found.append((reuse if reuse >= pool.piece else 0, -pool.capacity, pool))
+                    found.append((reuse if reuse >= pool.worth else 0, -pool.capacity, pool))
             if not found or self._soon(request.prompt, max(found, key=lambda one: one[:2])):
                 continue
             pool = max(found, key=lambda one: one[:2])[2]
@@ -284,7 +284,7 @@ class Engine:
     def _soon(self, prompt: Prompt, best: tuple[int, int, Pool]) -> bool:
         """Whether a prompt that runs right now begins like this one: to wait for it is cheaper than to run both."""
         reuse, _, pool = best
-        return any(t.pool is pool and t.request.prompt.same(prompt) > reuse + pool.piece for t in self.filling)
+        return any(t.pool is pool and t.request.prompt.same(prompt) > reuse + pool.worth for t in self.filling)
 
     def _fill(self, ticket: Ticket) -> None:
         """The next piece of a prompt; then it is another's turn."""

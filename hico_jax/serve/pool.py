@@ -28,6 +28,7 @@ from hico_jax.shapes import Array, Float, Int, ndarray
 
 PIECE = 256  # tokens of a prompt that run at a time
 SMALL, SMALL_CPU = 64, 32  # of a short rest; a CPU's time grows with the tokens from the first one on
+COPY_CPU = 32  # a lane is worth copying for this part of its tokens; on a GPU for a piece of them
 NOWHERE = 2**30  # beyond every buffer
 
 
@@ -75,6 +76,11 @@ class Pool:
         self.model, self.capacity, self.text_room = model, capacity, min(text_room, capacity)
         self.piece = min(piece, capacity)
         self.small = min(SMALL_CPU if jax.default_backend() == "cpu" else SMALL, self.piece)
+        self.sizes = sorted({self.small, self.piece})
+        self.worth = self.piece  # tokens that must not run again for a lane to be copied
+        if jax.default_backend() == "cpu":
+            self.sizes = sorted({self.small, max(self.small, self.piece // 2), self.piece})
+            self.worth = min(self.piece, max(2 * self.small, capacity // COPY_CPU))
         self.schedule = model.config.drop
         self.guided = self.schedule.num_stages - self.schedule.num_uniform  # attention-guided stages
         self.edges = device.bounds(self.schedule, model.config.llm.num_layers)
@@ -125,10 +131,10 @@ class Pool:
         source = max(self.lanes, key=lambda one: match[one.index])
         near = max(free, key=lambda one: (match[one.index], -one.used))
         lost = len(near.held.names) - match[near.index] if near.held is not None else 0
-        if lost < self.piece and match[source.index] < match[near.index] + self.piece:
+        if lost < self.worth and match[source.index] < match[near.index] + self.worth:
             return near, match[near.index]
-        lane = min(free, key=lambda one: (self._only_here(one) >= self.piece, one.used))
-        if match[source.index] < match[lane.index] + self.piece:
+        lane = min(free, key=lambda one: (self._only_here(one) >= self.worth, one.used))
+        if match[source.index] < match[lane.index] + self.worth:
             return lane, match[lane.index]
         self.state = programs.copy(self.state, np.int32(source.index), np.int32(lane.index))
         lane.held, lane.lengths = source.held, source.lengths.copy()
@@ -232,7 +238,11 @@ class Pool:
     def _sizes(self, done: int, total: int) -> Iterator[tuple[int, int, int]]:
         """Where each piece begins, its real tokens, and with padding: a question behind a film is one or two small."""
         while done < total:
-            size = self.small if total - done <= 2 * self.small else self.piece
+            rest = total - done
+            if rest <= 2 * self.small:
+                size = self.small
+            else:
+                size = next((s for s in self.sizes[1:] if rest <= s + self.small), self.piece)
             count = min(size, total - done)
             yield done, count, size
             done += count

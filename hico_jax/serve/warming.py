@@ -1,7 +1,8 @@
 """Programs compiled ahead: at once what a first answer needs, the rest while people ask already.
 
 XLA takes a second or more for each of some sixty. They are compiled from shapes alone, so nothing runs, no lane is
-touched, and a thread may do it beside the engine's; a request that comes before its turn compiles what it needs.
+touched, and a thread may do it whenever the engine has nothing to do; a request that comes before its turn compiles
+what it needs.
 
 In: an engine that has not started, and its model. Out: compiled programs in JAX's own cache.
 Next: hico_jax/serve/programs.py
@@ -26,6 +27,7 @@ from hico_jax.serve.pool import Pool, Ready
 
 log = logging.getLogger(__name__)
 Work = Callable[[], Any]
+NEAR = 4  # pieces from the beginning of a row on that the first answer may need
 
 
 class Warming:
@@ -35,9 +37,9 @@ class Warming:
         self.engine, self.model = engine, model
         each = [Programs(pool) for pool in engine.pools]
         self.needed: list[Work] = [*each[0].prefill(), *each[0].steps(1), self._first_answer, self._first_clip]
-        self.rest: list[Work] = [*each[0].others()]
+        self.rest: list[Work] = [*each[0].far(), *each[0].others()]
         for one in each[1:]:
-            self.rest += [*one.prefill(), *one.steps(1), *one.others()]
+            self.rest += [*one.prefill(), *one.far(), *one.steps(1), *one.others()]
         self.rest += [work for one in each for work in one.sampled()]
         self.left = len(self.needed) + len(self.rest)
         self.closed = threading.Event()
@@ -52,7 +54,7 @@ class Warming:
         self._run(self.rest)
 
     def go_on(self) -> None:
-        """Everything else, in a thread of its own."""
+        """Everything else, in a thread of its own, while nobody asks anything."""
         self.thread = threading.Thread(target=self._quietly, name="warming", daemon=True)
         self.thread.start()
 
@@ -71,7 +73,10 @@ class Warming:
 
     def _quietly(self) -> None:
         try:
-            self._run(self.rest)
+            for work in self.rest:
+                while not self.engine.idle and not self.closed.is_set():
+                    self.closed.wait(0.05)  # who asks now needs the processor
+                self._run([work])
         except Exception:  # who needs the program finds out the same, and is told
             log.exception("compiling ahead failed; requests compile what they need")
 
@@ -102,29 +107,44 @@ class Programs:
         self.state, self.seen = _shapes(pool.state), _shapes(pool.seen)  # the arrays themselves go with each call
         self.rows = lambda size: jax.ShapeDtypeStruct((size, config.embed_dim), pool.dtype)
         self.logits = jax.ShapeDtypeStruct((1, config.vocab_size), jnp.float32)
-        self.sizes = sorted({pool.small, pool.piece})
         self.greedy = GenerationConfig(max_new_tokens=1)
 
     def prefill(self) -> Iterator[Work]:
-        """Pieces of a prompt in every group of layers, near places first, and the first token."""
-        pool, zero, where = self.pool, np.int32(0), np.zeros(4, np.int32)
+        """Pieces of a short prompt in every group of layers, and the first token."""
+        pool, zero = self.pool, np.int32(0)
         for group, places in enumerate(pool.places):
             buffer = self.rows(places + pool.piece)
-            for size in self.sizes:
+            for size in pool.sizes:
                 if group:
                     yield lambda buffer=buffer, size=size: programs.cut.lower(buffer, zero, size=size).compile()
                 if group or pool.guided:
                     yield lambda buffer=buffer, size=size: programs.scatter.lower(
                         buffer, self.rows(size), np.zeros(size, np.int32)
                     ).compile()
-            ends = range(pool.piece, places + pool.piece + 1, pool.piece)
-            for seen in sorted({pool.sight(group, end) for end in ends}):
-                for size in self.sizes:
-                    yield lambda group=group, seen=seen, size=size: programs.run.lower(
-                        self.llm, self.state, self.rows(size), where, group=group, first=pool.edges[group], seen=seen
-                    ).compile()
+            yield from self._runs(group, [seen for seen in self._sights(group) if self._near(group, seen)])
         yield from self._choices()
         yield lambda: self._first(self.greedy)
+
+    def far(self) -> Iterator[Work]:
+        """Pieces that stand further behind in a row."""
+        for group in range(len(self.pool.places)):
+            yield from self._runs(group, [seen for seen in self._sights(group) if not self._near(group, seen)])
+
+    def _sights(self, group: int) -> list[int]:
+        pool = self.pool
+        ends = range(pool.piece, pool.places[group] + pool.piece + 1, pool.piece)
+        return sorted({pool.sight(group, end) for end in ends})
+
+    def _near(self, group: int, seen: int) -> bool:
+        return seen <= max(NEAR * self.pool.piece, self._sights(group)[0])
+
+    def _runs(self, group: int, sights: list[int]) -> Iterator[Work]:
+        pool, where = self.pool, np.zeros(4, np.int32)
+        for seen in sights:
+            for size in pool.sizes:
+                yield lambda seen=seen, size=size: programs.run.lower(
+                    self.llm, self.state, self.rows(size), where, group=group, first=pool.edges[group], seen=seen
+                ).compile()
 
     def _choices(self) -> Iterator[Work]:
         """Attention-guided stages."""

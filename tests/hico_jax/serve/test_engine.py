@@ -163,7 +163,7 @@ def test_a_copy_that_fails_ends_its_request_alone(
         assert engine.pools[0].lanes[0].held is not None
         assert not engine.pools[0].lanes[0].held.visual.size  # a lane keeps no film alive
 
-        engine.make[0] = lambda: 1 // 0  # nor can the lanes be made anew: nobody may wait for ever
+        engine.make[:1] = [lambda *a: 1 // 0]  # type: ignore[list-item]  # nor can the lanes be made anew: nobody may wait for ever
         monkeypatch.setattr(type(engine.pools[0]), "first", lambda *a, **k: 1 // 0)
         assert collect(engine, [one]) == [([], "", "error")]
         assert engine.thread is not None

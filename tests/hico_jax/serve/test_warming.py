@@ -16,7 +16,8 @@ from hico_jax.api import Model
 from hico_jax.batch import DropSchedule
 from hico_jax.generate import GenerationConfig
 from hico_jax.serve.engine import Engine, Request, collect
-from hico_jax.serve.warming import Warming
+from hico_jax.serve.pool import Pool
+from hico_jax.serve.warming import Programs, Warming
 from tests.hico_jax.serve.conftest import GUIDED
 from tests.hico_jax.serve.test_engine import request as asked
 
@@ -76,12 +77,10 @@ def test_pieces_have_the_models_own_type(make_model: Callable[..., Model]) -> No
     """In bfloat16 pieces are bfloat16, too: compiled for float32 they would all be compiled again."""
     model = make_model()
     config = dataclasses.replace(model.hico.config, dtype="bfloat16")
-    hico = type("Bare", (), {"config": config, "llm": model.hico.llm})()
-    engine = Engine(hico, model.tokenizer, buckets=((1, 128),), piece=64)
-    assert Warming(engine, model).engine.pools[0].dtype == jnp.bfloat16
-    from hico_jax.serve.warming import Programs
-
-    assert Programs(engine.pools[0]).rows(64).dtype == jnp.bfloat16
+    bare: Any = type("Bare", (), {"config": config, "llm": model.hico.llm})()
+    pool = Pool(bare, count=1, capacity=128, piece=64)
+    assert pool.dtype == jnp.bfloat16
+    assert Programs(pool).rows(64).dtype == jnp.bfloat16
 
 
 def test_a_thread_warms_and_stops(make_model: Callable[..., Model], caplog: pytest.LogCaptureFixture) -> None:
