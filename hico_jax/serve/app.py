@@ -282,7 +282,8 @@ class Server:
             while not isinstance(event, Ended):
                 left = None if ask.deadline is None else max(0.0, ask.deadline + GRACE_S - time.monotonic())
                 try:
-                    event = await asyncio.wait_for(queue.get(), left)
+                    async with asyncio.timeout(left):  # `wait_for` would make a task of every token
+                        event = await queue.get()
                 except TimeoutError:  # the device is busy with one long program, so the engine cannot say it
                     ticket.cancel()
                     event = Ended("deadline", num_tokens=len(ticket.speech.ids), seconds=self.options.request_s)
