@@ -183,10 +183,19 @@ def test_a_step_of_all_lanes_leaves_a_prompt_alone_that_is_still_run(
     engine = Engine(model.hico, model.tokenizer, buckets=((4, 192),), piece=32)
     film = model.watch(films[2])
     short, long = request(model, None, "What is it?"), request(model, film, "Who is seen at the " * 6 + "end?")
-    want = collect(Engine(model.hico, model.tokenizer, buckets=((4, 192),), piece=32), [long])
+
+    def said(engine: Engine) -> list[float]:
+        """How likely each token was: the tokens themselves may survive a key or two that are wrong."""
+        heard: list[Any] = []
+        ticket = engine.submit(long, heard.append)
+        while not ticket.ended.is_set():
+            engine.round()
+        return [event.log_prob for event in heard if isinstance(event, Spoke)]
+
+    want = said(Engine(model.hico, model.tokenizer, buckets=((4, 192),), piece=32))
     collect(engine, [short] * 4)
     talking = [engine.submit(request(model, None, f"hello {i}", tokens=60), lambda event: None) for i in range(3)]
     while len(engine.speaking) < 3:
         engine.round()
-    assert collect(engine, [long]) == want
+    assert said(engine) == pytest.approx(want, abs=1e-5)
     assert not any(ticket.ended.is_set() for ticket in talking)
