@@ -27,10 +27,11 @@ from data_pipeline.world.texts import corpus
 from hico_jax import registry
 from hico_jax.api import Model
 from hico_jax.film import Viewer
-from hico_jax.serve import app, command, media
+from hico_jax.serve import app, media
 from hico_jax.serve.decoder import Limits
 from hico_jax.serve.engine import Engine
 from hico_jax.serve.timed import Timed
+from hico_jax.serve.warming import Warming
 
 
 def tiny() -> Model:
@@ -106,7 +107,9 @@ class Rig:
         self.model, self.work = model, work
         self.engine = Engine(model.hico, model.tokenizer, buckets=buckets, piece=piece, queue=queue)
         if warm:
-            command.warm(self.engine, model)
+            warming = Warming(self.engine, model)
+            warming.begin()
+            warming.finish()
         self.engine.start()
         allowance = media.Allowance(file_bytes=file_bytes)
         self.store = media.Store(work, model, self.engine.call, limits=limits or Limits(), allowance=allowance)

@@ -48,7 +48,7 @@ SURFACE = {
     "serve": {
         "--model", "--name", "--host", "--port", "--host-name", "--lanes", "--piece", "--queue", "--drop",
         "--max-frames", "--max-new-tokens", "--quantize", "--dtype",
-        "--no-warm", "--allow-host", "--max-upload", "--max-seconds", "--max-source-frames",
+        "--no-warm", "--warm-all", "--allow-host", "--max-upload", "--max-seconds", "--max-source-frames",
         "--read-seconds", "--request-seconds", "--rate", "--connections", "--work",
     },
     "plan": set(),

@@ -119,10 +119,10 @@ class Server:
 
     def _admit(self, request: Request) -> None:
         options, host = self.options, request.headers.get("host", "")
-        if options.hosts and urlsplit(f"//{host}").hostname not in {h.strip("[]") for h in options.hosts}:
+        if options.hosts and _hostname(host) not in {h.strip("[]").lower() for h in options.hosts}:
             raise ApiError(403, "this server is not called by that name; start it with --host-name to allow it")
         origin = request.headers.get("origin")
-        if origin and request.method != "GET" and urlsplit(origin).netloc != host:
+        if origin and request.method != "GET" and origin.partition("://")[2].lower() != host.lower():
             raise ApiError(403, "a page of another origin may not use this server")
         who = neighbourhood(request.client.host if request.client else "")
         if options.api_keys and request.url.path not in OPEN:
@@ -282,7 +282,8 @@ class Server:
             while not isinstance(event, Ended):
                 left = None if ask.deadline is None else max(0.0, ask.deadline + GRACE_S - time.monotonic())
                 try:
-                    event = await asyncio.wait_for(queue.get(), left)
+                    async with asyncio.timeout(left):  # `wait_for` would make a task of every token
+                        event = await queue.get()
                 except TimeoutError:  # the device is busy with one long program, so the engine cannot say it
                     ticket.cancel()
                     event = Ended("deadline", num_tokens=len(ticket.speech.ids), seconds=self.options.request_s)
@@ -373,6 +374,14 @@ def local(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
+
+
+def _hostname(host: str) -> str:
+    """The name in a `Host` header, without its port; empty where it makes no sense."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _asgi(endpoint: Callable[[Request], Any]) -> Any:

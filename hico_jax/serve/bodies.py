@@ -20,6 +20,9 @@ from starlette.requests import Request
 
 from hico_jax.serve.protocol import ApiError
 
+MOST_VALUES = 1 << 20  # of a JSON body, since each takes many times its bytes; commas within texts count, too
+MOST_PARTS, MOST_HEAD = 64, 8192  # of an upload, and bytes of one part's head
+
 
 async def pieces(request: Request, most: int, patience_s: float) -> AsyncIterator[bytes]:
     """The body, until it is longer than `most` or nothing comes for `patience_s`.
@@ -55,6 +58,8 @@ async def read_json(request: Request, most: int, patience_s: float) -> Any:
       ApiError: too long, too slow, or no JSON.
     """
     data = b"".join([piece async for piece in pieces(request, most, patience_s)])
+    if data.count(b",") + data.count(b"{") + data.count(b"[") > MOST_VALUES:
+        raise ApiError(413, f"the body holds more than {MOST_VALUES} values", code="body_too_long")
     try:
         return await anyio.to_thread.run_sync(lambda: json.loads(data, parse_constant=_no_constant))
     except (ValueError, RecursionError):
@@ -71,19 +76,29 @@ class _File:
     def __init__(self, target: Any) -> None:
         self.target, self.name, self.found, self.header = target, "upload", False, {}
         self.field, self.value, self.mine = b"", b"", False
+        self.parts, self.head = 0, 0
 
     def callbacks(self) -> dict[str, Any]:
         names = ("part_begin", "header_field", "header_value", "header_end", "headers_finished", "part_data")
         return {f"on_{name}": getattr(self, f"on_{name}") for name in names}
 
     def on_part_begin(self) -> None:
-        self.header, self.field, self.value = {}, b"", b""
+        self.header, self.field, self.value, self.head = {}, b"", b"", 0
+        self.parts += 1
+        if self.parts > MOST_PARTS:
+            raise ApiError(400, f"the body has more than {MOST_PARTS} parts")
 
     def on_header_field(self, data: bytes, start: int, end: int) -> None:
-        self.field += data[start:end]
+        self.field += self._of_head(data[start:end])
 
     def on_header_value(self, data: bytes, start: int, end: int) -> None:
-        self.value += data[start:end]
+        self.value += self._of_head(data[start:end])
+
+    def _of_head(self, piece: bytes) -> bytes:
+        self.head += len(piece)
+        if self.head > MOST_HEAD:
+            raise ApiError(400, f"the head of a part is longer than {MOST_HEAD} bytes")
+        return piece
 
     def on_header_end(self) -> None:
         self.header[self.field.lower()] = self.value

@@ -11,19 +11,19 @@ import asyncio
 import functools
 import os
 import pathlib
+import socket
 import sys
 import tempfile
 import threading
 import time
 from typing import Any
 
-import numpy as np
-
 from hico_jax import api, ask
 from hico_jax.api import Model
 from hico_jax.serve.decoder import Decoder, Limits, MediaError
 from hico_jax.serve.engine import Engine
 from hico_jax.serve.pool import PIECE
+from hico_jax.serve.warming import Warming
 
 RATE = 600  # requests a minute of one key where others can reach the server
 MISSING = "`hico serve` needs more packages: pip install -e '.[serve]' in a checkout, or starlette, uvicorn and so on"
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
             f"no model was named and there is none in {folder}; give one with --model (`--model nano` ships), "
             f"or run `hico demo --train`"
         )
-    began = time.perf_counter()
+    began, listening = time.perf_counter(), bound(args.host, args.port)
     model = api.load(folder, args.dtype, quantize=args.quantize)
     if args.drop is not None:
         from hico_jax.batch import DropSchedule
@@ -79,22 +79,29 @@ def main(args: argparse.Namespace) -> int:
     )  # fmt: skip
     server = app.Server(model, engine, store, options)
     print(confinement(store.decoder), file=sys.stderr, flush=True)
-    if not args.no_warm:
-        print("compiling (--no-warm leaves it to the first requests) ...", file=sys.stderr, flush=True)
-        warm(engine, model)
-    engine.start()
+    warming = Warming(engine, model)
     config = uvicorn.Config(
-        server.app(), host=args.host, port=args.port, log_level="warning", http=protocol(), ws="none", lifespan="off",
+        server.app(), log_level="warning", http=protocol(), ws="none", lifespan="off",
         limit_concurrency=args.connections, timeout_keep_alive=10, server_header=False,
         timeout_graceful_shutdown=10,
     )  # fmt: skip
     try:
+        if not args.no_warm:
+            print("compiling (--no-warm leaves it to the first requests) ...", file=sys.stderr, flush=True)
+            warming.begin()
+        if args.warm_all:
+            warming.finish()
+        engine.start()
+        if not args.no_warm and not args.warm_all:
+            warming.go_on()
         running = uvicorn.Server(config)
-        threading.Thread(target=_announce, args=(running, time.perf_counter() - began), daemon=True).start()
-        asyncio.run(running.serve())
-        if not running.started:
-            raise ValueError(f"could not listen on {args.host}:{args.port}; is another program there? choose --port")
+        more = f"; {warming.left} more programs are compiled meanwhile" if warming.thread is not None else ""
+        told = (running, time.perf_counter() - began, more)
+        threading.Thread(target=_announce, args=told, daemon=True).start()
+        asyncio.run(running.serve(sockets=[listening]))
     finally:
+        listening.close()
+        warming.close()
         engine.close()
         store.close()
         work.cleanup()
@@ -115,13 +122,34 @@ def confinement(decoder: Decoder) -> str:
     )
 
 
-def _announce(server: Any, seconds: float) -> None:
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at the address, not listening yet: a port that is taken is told before anything is loaded.
+
+    Raises:
+      ValueError: it cannot be had.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        found = socket.socket(family)
+        try:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
+        except BaseException:
+            found.close()
+            raise
+    except OSError as error:
+        text = f"could not listen on {host}:{port} ({error.strerror}); is another program there? choose --port"
+        raise ValueError(text) from error
+    return found
+
+
+def _announce(server: Any, seconds: float, more: str = "") -> None:
     """Say the address once it answers; with port 0 only then is it known."""
     while not server.started:
         time.sleep(0.02)
     host, port = server.servers[0].sockets[0].getsockname()[:2]
     print(
-        f"ready after {seconds:.1f} s: http://{f'[{host}]' if ':' in host else host}:{port}/",
+        f"ready after {seconds:.1f} s: http://{f'[{host}]' if ':' in host else host}:{port}/{more}",
         file=sys.stderr,
         flush=True,
     )
@@ -139,14 +167,3 @@ def lanes(model: Model) -> tuple[tuple[int, int], ...]:
     longest = model.geometry.max_length
     sizes = [(8, 2048), (4, 8192)]
     return (*((n, size) for n, size in sizes if size < longest), (1 if longest > 65536 else 2, longest))
-
-
-def warm(engine: Engine, model: Model) -> None:
-    """Compile before anybody waits."""
-    from hico_jax.serve.prompts import prompt
-
-    row, media = model.row([{"role": "user", "content": "Hello?", "seen": ()}])
-    for pool in engine.pools:
-        pool.warm(prompt(row, media, model.geometry))
-    blank = np.zeros((model.geometry.frames_per_clip, model.geometry.image_px, model.geometry.image_px, 3), np.uint8)
-    model.viewer._encode(blank)

@@ -209,6 +209,18 @@ class Engine:
         return not (self.waiting or self.filling or self.speaking or self.calls)
 
     def _run(self) -> None:
+        try:
+            self._rounds()
+        except BaseException:  # a pool could not even be made anew: nobody may wait for what never comes
+            log.exception("the engine stops")
+            with self.wake:
+                self.closed = True
+            for ticket in [*self.waiting, *self.filling, *self.speaking]:
+                self._end(ticket, "error")
+            for _, future in self.calls:
+                future.cancel()
+
+    def _rounds(self) -> None:
         while True:
             with self.wake:
                 while self.idle and not self.closed:
@@ -252,23 +264,27 @@ class Engine:
                     continue
                 if pool.free():
                     reuse = max(pool.common(lane, request.prompt) for lane in pool.lanes)
-                    found.append((reuse if reuse >= pool.piece else 0, -pool.capacity, pool))
+                    found.append((reuse if reuse >= pool.worth else 0, -pool.capacity, pool))
             if not found or self._soon(request.prompt, max(found, key=lambda one: one[:2])):
                 continue
             pool = max(found, key=lambda one: one[:2])[2]
-            lane, _ = pool.best(request.prompt)
-            assert lane is not None
-            ticket.pool, ticket.lane, ticket.started = pool, lane, time.monotonic()
-            lane.busy = True
-            ticket.filling = pool.fill(lane, request.prompt, look=request.look)
-            with self.wake:
-                self.waiting.remove(ticket)
-            self.filling.append(ticket)
+            self._guarded(self.pools.index(pool), [ticket], lambda pool=pool, ticket=ticket: self._seat(pool, ticket))
+
+    def _seat(self, pool: Pool, ticket: Ticket) -> None:
+        """Give a request a lane, which may be copied from another on the device."""
+        lane, _ = pool.best(ticket.request.prompt)
+        assert lane is not None
+        ticket.pool, ticket.lane, ticket.started = pool, lane, time.monotonic()
+        lane.busy = True
+        ticket.filling = pool.fill(lane, ticket.request.prompt, look=ticket.request.look)
+        with self.wake:
+            self.waiting.remove(ticket)
+        self.filling.append(ticket)
 
     def _soon(self, prompt: Prompt, best: tuple[int, int, Pool]) -> bool:
         """Whether a prompt that runs right now begins like this one: to wait for it is cheaper than to run both."""
         reuse, _, pool = best
-        return any(t.pool is pool and t.request.prompt.same(prompt) > reuse + pool.piece for t in self.filling)
+        return any(t.pool is pool and t.request.prompt.same(prompt) > reuse + pool.worth for t in self.filling)
 
     def _fill(self, ticket: Ticket) -> None:
         """The next piece of a prompt; then it is another's turn."""
@@ -348,6 +364,7 @@ class Engine:
             log.exception("a round failed")
             for ticket in [t for t in (*self.filling, *self.speaking) if t.pool is pool] + tickets:
                 self._end(ticket, "error", f"{type(error).__name__}")
+            pool.state = None  # there may not be room for both
             self.pools[index] = self.make[index]()
 
 

@@ -8,10 +8,12 @@ Next: hico_jax/serve/media.py
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Sequence
 from urllib.parse import urljoin, urlsplit
@@ -50,6 +52,9 @@ def _one(url: str, hosts: Sequence[str], most: int, deadline: float) -> bytes | 
     port = port or (443 if parts.scheme == "https" else 80)
     address = public_address(host, port)
     connection = _Pinned(host, port, address, parts.scheme == "https", max(0.1, deadline - time.monotonic()))
+    late = threading.Timer(max(0.1, deadline - time.monotonic()), connection.give_up)  # a timeout of the socket begins
+    late.daemon = True  # anew with every byte that drips in
+    late.start()
     try:
         path = f"{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}"
         connection.request("GET", path, headers={"user-agent": "hico_jax", "accept-encoding": "identity"})
@@ -63,15 +68,18 @@ def _one(url: str, hosts: Sequence[str], most: int, deadline: float) -> bytes | 
             total += len(piece)
             if total > most:
                 raise MediaError(f"the file at this address has more than {most} bytes")
-            if time.monotonic() > deadline:
-                raise MediaError("the address took too long")
             parts_read.append(piece)
+        if time.monotonic() > deadline:  # it ended because we gave up
+            raise MediaError("the address took too long")
         return b"".join(parts_read)
     except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, MediaError):
             raise
+        if time.monotonic() > deadline:
+            raise MediaError("the address took too long") from None
         raise MediaError(f"the address could not be read ({type(error).__name__})") from None
     finally:
+        late.cancel()
         connection.close()
 
 
@@ -99,8 +107,16 @@ class _Pinned(http.client.HTTPConnection):
     def __init__(self, host: str, port: int, address: str, secure: bool, seconds: float) -> None:
         super().__init__(host, port, timeout=seconds)
         self._address, self._secure = address, secure
+        self._wire: socket.socket | None = None  # `sock` is gone once the answer's end is told by closing
+
+    def give_up(self) -> None:
+        """Wake up whoever reads from it, from another thread."""
+        with contextlib.suppress(OSError):  # closed already
+            if self._wire is not None:
+                self._wire.shutdown(socket.SHUT_RDWR)
 
     def connect(self) -> None:
         self.sock = socket.create_connection((self._address, self.port), self.timeout)
         if self._secure:
             self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+        self._wire = self.sock

@@ -127,6 +127,9 @@ class Store:
         part.write_bytes(data)
         item = self.keep(part, owner, name)
         with self.lock:
+            if (first := self.same.get(key)) is not None:  # the same request twice at once
+                self.remove(item)
+                return first
             if item.id in self.items:  # another's upload may have needed its room already
                 self.same[key] = item
         return item
@@ -199,17 +202,18 @@ class Store:
                 seen = self._picture(item, single) if item.kind == "image" else self._film(item, start, end)
             finally:
                 self.readers.release()
-            future.set_result(seen)
         except BaseException as error:
-            future.set_exception(error)
-            raise
-        finally:
             with self.lock:
                 del self.under_way[key]
-        with self.lock:
-            self.encoded[key] = seen
+            future.set_exception(error)
+            raise
+        with self.lock:  # in one go: who comes in between would read it again
+            del self.under_way[key]
+            if item.id in self.items:  # its owner may have taken it away meanwhile
+                self.encoded[key] = seen
             while len(self.encoded) > self.allowance.encoded:
                 self.encoded.popitem(last=False)
+        future.set_result(seen)
         return seen
 
     def _film(self, item: Item, start: float | None, end: float | None) -> Film:

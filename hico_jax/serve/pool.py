@@ -11,7 +11,6 @@ Next: hico_jax/serve/engine.py
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,15 +19,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hico_jax.generate import GenerationConfig, logits_of
+from hico_jax.generate import GenerationConfig
 from hico_jax.models.hico import HiCo
 from hico_jax.models.llm import lanes as device
-from hico_jax.serve import sampling
+from hico_jax.serve import programs, sampling
 from hico_jax.serve.prompts import Prompt, common
 from hico_jax.shapes import Array, Float, Int, ndarray
 
 PIECE = 256  # tokens of a prompt that run at a time
 SMALL, SMALL_CPU = 64, 32  # of a short rest; a CPU's time grows with the tokens from the first one on
+COPY_CPU = 32  # a lane is worth copying for this part of its tokens; on a GPU for a piece of them
 NOWHERE = 2**30  # beyond every buffer
 
 
@@ -76,6 +76,11 @@ class Pool:
         self.model, self.capacity, self.text_room = model, capacity, min(text_room, capacity)
         self.piece = min(piece, capacity)
         self.small = min(SMALL_CPU if jax.default_backend() == "cpu" else SMALL, self.piece)
+        self.sizes = sorted({self.small, self.piece})
+        self.worth = self.piece  # tokens that must not run again for a lane to be copied
+        if jax.default_backend() == "cpu":
+            self.sizes = sorted({self.small, max(self.small, self.piece // 2), self.piece})
+            self.worth = min(self.piece, max(2 * self.small, capacity // COPY_CPU))
         self.schedule = model.config.drop
         self.guided = self.schedule.num_stages - self.schedule.num_uniform  # attention-guided stages
         self.edges = device.bounds(self.schedule, model.config.llm.num_layers)
@@ -126,12 +131,12 @@ class Pool:
         source = max(self.lanes, key=lambda one: match[one.index])
         near = max(free, key=lambda one: (match[one.index], -one.used))
         lost = len(near.held.names) - match[near.index] if near.held is not None else 0
-        if lost < self.piece and match[source.index] < match[near.index] + self.piece:
+        if lost < self.worth and match[source.index] < match[near.index] + self.worth:
             return near, match[near.index]
-        lane = min(free, key=lambda one: (self._only_here(one) >= self.piece, one.used))
-        if match[source.index] < match[lane.index] + self.piece:
+        lane = min(free, key=lambda one: (self._only_here(one) >= self.worth, one.used))
+        if match[source.index] < match[lane.index] + self.worth:
             return lane, match[lane.index]
-        self.state = _copy(self.state, np.int32(source.index), np.int32(lane.index))
+        self.state = programs.copy(self.state, np.int32(source.index), np.int32(lane.index))
         lane.held, lane.lengths = source.held, source.lengths.copy()
         lane.entering = None if source.entering is None else jnp.copy(source.entering)  # each is written in place
         return lane, match[source.index]
@@ -166,7 +171,7 @@ class Pool:
             yield from self._fill(lane, prompt, look)
         finally:
             if lane.held is None and not self.schedule.num_stages:
-                lane.held = dataclasses.replace(prompt, names=prompt.names[: lane.lengths[0]])
+                lane.held = _row_of(prompt, prompt.names[: lane.lengths[0]])
 
     def _fill(self, lane: Lane, prompt: Prompt, look: bool) -> Iterator[int | Ready]:
         same = self.common(lane, prompt)
@@ -188,25 +193,25 @@ class Pool:
                 if group == 0:
                     x = self._embedded(prompt, origins, size)
                 else:
-                    x = _cut(buffers[group], np.int32(at), size=size)
+                    x = programs.cut(buffers[group], np.int32(at), size=size)
                 x, trail = self._piece(lane, group, at, count, len(rows), x)
                 lane.lengths[group] = at + count
                 if following is not None:
                     target = self._targets(origins, following, size)
                     if group + 1 == shallow:
-                        lane.entering = _scatter(lane.entering, x, target)
+                        lane.entering = programs.scatter(lane.entering, x, target)
                     else:
                         buffers[group + 1] = (
                             self._buffer(group + 1) if buffers[group + 1] is None else buffers[group + 1]
                         )
-                        buffers[group + 1] = _scatter(buffers[group + 1], x, target)
+                        buffers[group + 1] = programs.scatter(buffers[group + 1], x, target)
             lane.lengths[group] = len(rows)
         entering, origins, seen = lane.entering, prompt.rows(self.schedule.num_uniform) if self.guided else None, None
         for stage in range(self.schedule.num_uniform, self.schedule.num_stages):
             assert origins is not None
             visual = np.zeros(entering.shape[0], np.int32)
             visual[: len(origins)] = prompt.slots[origins] >= 0
-            entering, where, scores = _select(
+            entering, where, scores = programs.select(
                 self.model.llm, entering, visual, np.int32(len(origins)), np.int32(prompt.kept[stage]),
                 layer=self.schedule.layers[stage], kept=self.places[stage + 1] + self.piece,
             )  # fmt: skip
@@ -214,24 +219,30 @@ class Pool:
                 seen = (origins, scores)
             group, number = stage + 1, len(prompt) - prompt.num_visual + prompt.kept[stage]
             after = self._buffer(group) if stage + 1 < self.schedule.num_stages else None  # what enters the next choice
+            lane.lengths[group] = 0  # a step of all lanes writes behind this, so never among the pieces that have run
             for at, count, size in self._sizes(0, number):
                 yield size
-                x = _cut(entering, np.int32(at), size=size)
+                x = programs.cut(entering, np.int32(at), size=size)
                 x, trail = self._piece(lane, group, at, count, number, x)
+                lane.lengths[group] = at + count
                 if after is not None:
                     place = np.arange(size, dtype=np.int32)
-                    after = _scatter(after, x, np.where(place < count, at + place, np.int32(NOWHERE)))
-            lane.lengths[group] = number
+                    after = programs.scatter(after, x, np.where(place < count, at + place, np.int32(NOWHERE)))
             if after is not None:
                 entering, origins = after, origins[np.asarray(where)[:number]]
         assert x is not None
-        lane.held = prompt
-        yield Ready(_logits(self.model.llm, x, np.int32(count - 1)), same, self._look(lane, prompt, trail, seen, look))
+        lane.held = _row_of(prompt, prompt.names)
+        logits = programs.logits(self.model.llm, x, np.int32(count - 1))
+        yield Ready(logits, same, self._look(lane, prompt, trail, seen, look))
 
     def _sizes(self, done: int, total: int) -> Iterator[tuple[int, int, int]]:
         """Where each piece begins, its real tokens, and with padding: a question behind a film is one or two small."""
         while done < total:
-            size = self.small if total - done <= 2 * self.small else self.piece
+            rest = total - done
+            if rest <= 2 * self.small:
+                size = self.small
+            else:
+                size = next((s for s in self.sizes[1:] if rest <= s + self.small), self.piece)
             count = min(size, total - done)
             yield done, count, size
             done += count
@@ -242,18 +253,22 @@ class Pool:
         visual = prompt.visual
         if not visual.shape[1]:
             visual = jnp.zeros((1, 1, self.model.config.llm.embed_dim), self.dtype)
-        return _embed(self.model.llm, np.pad(prompt.tokens[origins], pad), slots, visual)
+        return programs.embed(self.model.llm, np.pad(prompt.tokens[origins], pad), slots, visual)
 
     def _piece(self, lane: Lane, group: int, at: int, count: int, total: int, x: Any) -> tuple[Any, Any]:
-        size = x.shape[0]
-        seen = min(self.places[group] + self.piece, self.piece << (-(-(at + size) // self.piece) - 1).bit_length())
-        if jax.default_backend() != "cpu":  # `attend_piece` visits what is there: one program is enough
-            seen = self.places[group] + self.piece
+        seen = self.sight(group, at + x.shape[0])
         where = np.array([lane.index, at, count, total - 1], np.int32)
-        x, self.state, trail = _run(
+        x, self.state, trail = programs.run(
             self.model.llm, self.state, x, where, group=group, first=self.edges[group], seen=seen
         )  # fmt: skip
         return x, trail
+
+    def sight(self, group: int, end: int) -> int:
+        """How far a piece that ends before place `end` looks, in a few sizes; all where kernels skip what is empty."""
+        whole = self.places[group] + self.piece
+        if jax.default_backend() != "cpu":  # `attend_piece` visits what is there: one program is enough
+            return whole
+        return min(whole, self.piece << (-(-end // self.piece) - 1).bit_length())
 
     def _buffer(self, group: int) -> Float[Array, "S D"]:
         return jnp.zeros((self.places[group] + self.piece, self.model.config.llm.embed_dim), self.dtype)
@@ -271,10 +286,9 @@ class Pool:
         if not wanted or not prompt.num_visual:
             return None
         if seen is None:
-            group = len(self.edges) - 2
-            layer = max(0, self.model.config.llm.num_layers // 2 - self.edges[group])
+            group, layer = self.looking
             rows = prompt.rows(group)
-            weights = _attended(
+            weights = programs.attended(
                 self.model.llm, self.state, trail[layer], np.int32(lane.index), np.int32(len(rows)),
                 group=group, first=self.edges[group], layer=layer,
             )  # fmt: skip
@@ -284,10 +298,16 @@ class Pool:
         visual = prompt.slots[rows] >= 0
         return Look(rows[visual], weights[visual])
 
+    @property
+    def looking(self) -> tuple[int, int]:
+        """The group and the layer of it whose attention is told where no stage chooses by it: the middle one's."""
+        group = len(self.edges) - 2
+        return group, max(0, self.model.config.llm.num_layers // 2 - self.edges[group])
+
     def first(self, lane: Lane, ready: Ready, config: GenerationConfig, *, top: bool = False) -> sampling.Said:
         """The first token of an answer."""
         knobs = sampling.knobs([config], [0])
-        said, self.seen = _first(
+        said, self.seen = programs.first(
             ready.logits, self.seen, np.int32(lane.index), knobs, sampled=config.do_sample, top=top
         )
         return jax.tree.map(np.asarray, said)
@@ -305,9 +325,9 @@ class Pool:
         pick = lambda values, other: [values[place[i]] if i in place else other for i in order]
         knobs = sampling.knobs(pick(configs, configs[0]), pick(steps, 0))
         lengths = np.stack([self.lanes[i].lengths for i in order], 1).astype(np.int32)
-        said, self.state, self.seen = _step(
+        said, self.state, self.seen = programs.step(
             self.model.llm, self.state, self.seen, np.array(pick(tokens, 0), np.int32), np.array(order, np.int32),
-            lengths, knobs, seen_to=self._reach(max(int(lane.lengths[0]) for lane in rows)), everyone=everyone,
+            lengths, knobs, seen_to=self.reach(max(int(lane.lengths[0]) for lane in rows)), everyone=everyone,
             sampled=any(c.do_sample for c in configs), top=top,
         )  # fmt: skip
         for lane, token in zip(rows, tokens, strict=True):
@@ -317,7 +337,7 @@ class Pool:
         found = [order.index(lane.index) for lane in rows]
         return jax.tree.map(lambda a: np.asarray(a)[found], said)
 
-    def _reach(self, length: int) -> int | None:
+    def reach(self, length: int) -> int | None:
         """How far a step reads lanes of this length, in a few sizes; all of a lane where kernels skip what is empty."""
         if jax.default_backend() != "cpu":
             return None
@@ -326,101 +346,17 @@ class Pool:
             size *= 4
         return size if size < self.capacity else None
 
-    def _lengths(self) -> list[int]:
-        """One length of each size that `_reach` knows."""
-        return [0, *(size for i in range(16) if (size := 2 * self.piece << 2 * i) < self.capacity)]
-
-    def warm(self, prompt: Prompt) -> None:
-        """Compile what greedy answers need, with a short prompt, while nobody waits."""
-        config = GenerationConfig(max_new_tokens=1)
-        *_, ready = self.fill(self.lanes[0], prompt)
-        assert isinstance(ready, Ready)
-        for group, places in enumerate(self.places):
-            for size in sorted({self.small, self.piece}):
-                blank = jnp.zeros((size, self.model.config.llm.embed_dim), self.dtype)
-                for at in [0, *(self.piece << i for i in range(32) if self.piece << i < places)]:
-                    self._piece(self.lanes[0], group, at, 1, at + 1, blank)
-        self.first(self.lanes[0], ready, config)
-        for number in sorted({min(len(self.lanes), 1 << i) for i in range(len(self.lanes).bit_length() + 1)}):
-            for length in self._lengths():
-                self.lanes[0].lengths[:] = np.minimum(length, self.places)
-                self.step(self.lanes[:number], [0] * number, [config] * number, [1] * number)
-        for lane in self.lanes:
-            lane.held, lane.lengths[:] = None, 0
-            self.leave(lane)
-
     def leave(self, lane: Lane) -> None:
         """Somebody is done with a lane; what it holds stays until another prompt takes it."""
         lane.busy, lane.used = False, next(self.clock)
+
+
+def _row_of(prompt: Prompt, names: ndarray) -> Prompt:
+    """What a lane remembers of a prompt: not its visual tokens, which would outlive the film they belong to."""
+    return dataclasses.replace(prompt, names=names, visual=jnp.zeros((1, 0, 0)))
 
 
 def _grown(held: Prompt, token: int) -> Prompt:
     """What a lane holds once a token of the answer has run in it."""
     names = np.append(held.names, np.int64(token))
     return dataclasses.replace(held, names=names)
-
-
-@jax.jit
-def _embed(llm: Any, tokens: Array, slots: Array, visual: Array) -> Float[Array, "Q D"]:
-    text = llm.embed(tokens[None])[0].astype(visual.dtype)
-    return jnp.where(slots[:, None] >= 0, visual[0, jnp.maximum(slots, 0)], text)
-
-
-@functools.partial(jax.jit, static_argnames="size")
-def _cut(buffer: Array, start: Array, *, size: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(buffer, start, size)
-
-
-@functools.partial(jax.jit, static_argnames=("group", "first", "seen"), donate_argnames="state")
-def _run(
-    llm: Any, state: device.Lanes, x: Array, where: Array, *, group: int, first: int, seen: int
-) -> tuple[Array, device.Lanes, Array]:
-    return llm.extend(state, x, *where, group=group, first=first, seen=seen)
-
-
-@functools.partial(jax.jit, donate_argnames="buffer")
-def _scatter(buffer: Array, x: Array, target: Array) -> Array:
-    return buffer.at[target].set(x, mode="drop")
-
-
-@functools.partial(jax.jit, static_argnames=("layer", "kept"))
-def _select(llm: Any, x: Array, visual: Array, length: Array, keep: Array, *, layer: int, kept: int) -> Any:
-    return llm.select(x, visual, length, keep, layer=layer, kept=kept)
-
-
-@functools.partial(jax.jit, static_argnames=("group", "first", "layer"))
-def _attended(
-    llm: Any, state: device.Lanes, x: Array, lane: Array, length: Array, *, group: int, first: int, layer: int
-) -> Array:
-    return llm.attended(state, x, lane, length, group=group, first=first, layer=layer)
-
-
-@jax.jit
-def _logits(llm: Any, x: Array, index: Array) -> Float[Array, "1 V"]:
-    last = jax.lax.dynamic_slice_in_dim(x, index, 1)[None]
-    return logits_of(llm, llm.norm(last))[0]
-
-
-_copy = jax.jit(device.copy, donate_argnums=0)
-
-
-@functools.partial(jax.jit, static_argnames=("sampled", "top"), donate_argnames="seen")
-def _first(
-    logits: Array, seen: Array, lane: Array, knobs: sampling.Knobs, *, sampled: bool, top: bool
-) -> tuple[sampling.Said, Array]:
-    fresh = jnp.zeros((1, seen.shape[1]), bool)
-    said = sampling.choose(logits, fresh, knobs, sampled=sampled, top=top)
-    return said, seen.at[lane].set(fresh[0].at[said.ids[0]].set(True))
-
-
-@functools.partial(
-    jax.jit, static_argnames=("seen_to", "everyone", "sampled", "top"), donate_argnames=("state", "seen")
-)
-def _step(
-    llm: Any, state: device.Lanes, seen: Array, tokens: Array, rows: Array, lengths: Array, knobs: sampling.Knobs, *,
-    seen_to: int | None, everyone: bool, sampled: bool, top: bool,
-) -> tuple[sampling.Said, device.Lanes, Array]:  # fmt: skip
-    x = llm.embed(tokens[:, None]).astype(state.keys[0].dtype)
-    x, state = llm.step(state, x, None if everyone else rows, lengths, seen=seen_to)
-    said = sampling.choose(logits_of(llm, x)[:, 0], seen[rows], knobs, sampled=sampled, top=top)
-    return said, state, seen.at[rows, said.ids].set(True)

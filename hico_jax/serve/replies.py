@@ -51,7 +51,8 @@ class Reply:
                 self._begin(event)
             elif isinstance(event, Spoke):
                 text.append(event.text)
-                log_probs.append(self._log_prob(event))
+                if self.chat.log_probs:
+                    log_probs.append(self._log_prob(event))
             else:
                 text.append(event.text)
                 ended = event
@@ -78,12 +79,13 @@ class Reply:
                 if isinstance(event, Started):
                     self._begin(event)
                 elif isinstance(event, Spoke):
-                    held.append(self._log_prob(event))
+                    if self.chat.log_probs:
+                        held.append(self._log_prob(event))
                     if event.text:
                         yield self._event({"content": event.text}, held)
                         held = []
                 else:
-                    if event.text or (held and self.chat.log_probs):
+                    if event.text or held:
                         yield self._event({"content": event.text}, held)
                     try:
                         self._check(event)
@@ -116,7 +118,7 @@ class Reply:
         self, delta: dict[str, Any], log_probs: Sequence[Any] = (), finish: str | None = None, hico: Any = None
     ) -> str:
         choice: dict[str, Any] = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
-        if self.chat.log_probs and log_probs:
+        if log_probs:
             choice["logprobs"] = {"content": list(log_probs), "refusal": None}
         event = {**self._head("chat.completion.chunk"), "choices": [choice]}
         return f"data: {json.dumps(event if hico is None else {**event, 'hico': hico})}\n\n"

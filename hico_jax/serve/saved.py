@@ -83,9 +83,7 @@ def write(
         if isinstance(one, Film):
             tensors[f"indices.{uid}"] = one.indices
     if pool is not None and lane is not None and lane.held is not None:
-        text["lane"] = {
-            "capacity": pool.capacity, "text_room": pool.text_room, "uids": list(everything),
-        }  # fmt: skip
+        text["lane"] = {"capacity": pool.capacity, "text_room": pool.text_room}
         held = lane.held
         tensors |= {"names": held.names, "tokens": held.tokens, "slots": held.slots, "lengths": lane.lengths}
         for kind in ("keys", "values"):

@@ -225,6 +225,12 @@ def test_bodies_and_clients_that_are_refused(served: Served) -> None:
     assert served.post(b" " * (3 << 20))[0] == 413
     assert served.post(ok, host="evil.example")[0] == 403
     assert served.post(ok, origin="http://evil.example")[0] == 403
+    for nonsense in ("[", "[::1", "[v1.x]:", "a]b"):
+        assert served.post(ok, host=nonsense)[0] == 403, nonsense
+        assert served.post(ok, origin=f"http://{nonsense}")[0] == 403, nonsense
+    assert served.post(b'{"a": [' + b"[]," * (1 << 19) + b"0]}")[1]["error"]["message"].startswith(
+        "the body holds more"
+    )
     status, told = served.post(ok[:10], content_length=str(len(ok)))  # the rest never comes
     assert (status, told["error"]["message"]) == (408, "nothing more of the body came for 0.5 s")
     assert served.raw(b"POST /v1/chat") == b""  # a head that never ends: the connection is closed
@@ -245,6 +251,10 @@ def test_uploads_that_are_refused_leave_nothing(served: Served, films: list[path
     assert upload(served, b"hello world, I am text")[0] == 400
     assert upload(served, b"x", field="other")[0] == 400
     assert served.post(b"{}", "/v1/files")[0] == 415
+    many = b"--b\r\na: b\r\n\r\nx\r\n" * 100 + b"--b--\r\n"
+    assert served.post(many, "/v1/files", content_type="multipart/form-data; boundary=b")[0] == 400
+    long = b"--b\r\na: " + b"b" * (1 << 19) + b"\r\n\r\nx\r\n--b--\r\n"
+    assert served.post(long, "/v1/files", content_type="multipart/form-data; boundary=b")[0] == 400
     assert served.post(b"--b\r\nnonsense", "/v1/files", content_type="multipart/form-data; boundary=b")[0] == 400
     assert set(served.store.folder.iterdir()) == before
     status, told = upload(served, films[0].read_bytes())
@@ -304,7 +314,9 @@ def test_keys_keep_people_apart(
         served.close()
 
 
-def test_who_hangs_up_is_not_answered_further(served: Served) -> None:
+def test_who_hangs_up_is_not_answered_further(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, before = served.engine._step, served.engine.counts.requests["cancelled"]
+    monkeypatch.setattr(served.engine, "_step", lambda *args: (time.sleep(0.05), step(*args)))
     many: Any = [{"role": "user", "content": "Hello?"}]
     with served.client().chat.completions.create(model="tiny", messages=many, max_tokens=64, stream=True) as stream:
         next(iter(stream))
@@ -313,6 +325,37 @@ def test_who_hangs_up_is_not_answered_further(served: Served) -> None:
             break
         time.sleep(0.02)
     assert served.engine.idle
+    assert served.engine.counts.requests["cancelled"] == before + 1
+
+
+def test_a_film_taken_away_while_it_is_read_is_not_kept(
+    served: Served, films: list[pathlib.Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = served.store
+    item = store.put(films[1].read_bytes() + b"gone", "", "a.mp4")
+    film = store._film
+    monkeypatch.setattr(store, "_film", lambda *args: (film(*args), store.remove(item))[0])
+    assert store.see(item).uid
+    assert not [key for key in store.encoded if key[0] == item.id]
+    assert not store.under_way
+
+
+def test_the_same_bytes_twice_at_once_are_kept_once(
+    served: Served, films: list[pathlib.Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, keep, data = served.store, served.store.keep, films[1].read_bytes() + b"twice"
+    other: list[Any] = []
+
+    def slow(part: pathlib.Path, owner: str, name: str) -> Any:
+        monkeypatch.setattr(store, "keep", keep)
+        other.append(store.put(data, owner, name))  # it comes between
+        return keep(part, owner, name)
+
+    monkeypatch.setattr(store, "keep", slow)
+    kept = len(store.items)
+    assert store.put(data, "", "a") is other[0]
+    assert len(store.items) == kept + 1
+    assert len(list(store.folder.iterdir())) == len(store.items)
 
 
 def test_who_asks_too_often_is_told_when_to_come_back(make_model: Callable[..., Model], tmp_path: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import socket
 from collections.abc import Callable
 
 import pytest
@@ -19,6 +20,17 @@ def test_others_are_let_in_only_with_a_key(capsys: pytest.CaptureFixture[str], m
     monkeypatch.delenv("HICO_API_KEY", raising=False)
     assert cli.main(["serve", "--host", "0.0.0.0"]) == cli.MISUSED
     assert "a key is needed: set HICO_API_KEY" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command.api, "load", lambda *a, **k: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["serve", "--model", "nano", "--port", str(port)]) == cli.MISUSED
+    assert f"could not listen on 127.0.0.1:{port}" in capsys.readouterr().err
+    assert cli.main(["serve", "--model", "nano", "--host", "no.such.name.invalid", "--port", "0"]) == cli.MISUSED
 
 
 def test_a_model_that_is_not_there(

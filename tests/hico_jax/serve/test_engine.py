@@ -147,3 +147,55 @@ def test_the_thread_serves_and_a_fault_ends_only_what_it_hit(
         engine.close()
     with pytest.raises(BusyError, match="stopping"):
         engine.submit(one, print)
+
+
+def test_a_copy_that_fails_ends_its_request_alone(
+    model: Model, films: list[pathlib.Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Giving a lane may run on the device, too; a failure there once ended the engine's thread."""
+    engine = Engine(model.hico, model.tokenizer, buckets=((4, 192), (1, 320)), piece=64).start()
+    try:
+        one = request(model, None, "hello")
+        monkeypatch.setattr(type(engine.pools[0]), "best", lambda *a: 1 // 0)
+        assert collect(engine, [one]) == [([], "", "error")]
+        monkeypatch.undo()
+        assert collect(engine, [one])[0][2] == "length"
+        assert engine.pools[0].lanes[0].held is not None
+        assert not engine.pools[0].lanes[0].held.visual.size  # a lane keeps no film alive
+
+        engine.make[:1] = [lambda *a: 1 // 0]  # type: ignore[list-item]  # nor can the lanes be made anew: nobody may wait for ever
+        monkeypatch.setattr(type(engine.pools[0]), "first", lambda *a, **k: 1 // 0)
+        assert collect(engine, [one]) == [([], "", "error")]
+        assert engine.thread is not None
+        engine.thread.join(20)
+        with pytest.raises(BusyError, match="stopping"):
+            engine.submit(one, print)
+    finally:
+        engine.close()
+
+
+@pytest.mark.slow
+def test_a_step_of_all_lanes_leaves_a_prompt_alone_that_is_still_run(
+    make_model: Callable[..., Model], films: list[pathlib.Path]
+) -> None:
+    """Behind an attention-guided choice a prompt of several pieces runs where a shorter one stood before."""
+    model = make_model(GUIDED)
+    engine = Engine(model.hico, model.tokenizer, buckets=((4, 192),), piece=32)
+    film = model.watch(films[2])
+    short, long = request(model, None, "What is it?"), request(model, film, "Who is seen at the " * 6 + "end?")
+
+    def said(engine: Engine) -> list[float]:
+        """How likely each token was: the tokens themselves may survive a key or two that are wrong."""
+        heard: list[Any] = []
+        ticket = engine.submit(long, heard.append)
+        while not ticket.ended.is_set():
+            engine.round()
+        return [event.log_prob for event in heard if isinstance(event, Spoke)]
+
+    want = said(Engine(model.hico, model.tokenizer, buckets=((4, 192),), piece=32))
+    collect(engine, [short] * 4)
+    talking = [engine.submit(request(model, None, f"hello {i}", tokens=60), lambda event: None) for i in range(3)]
+    while len(engine.speaking) < 3:
+        engine.round()
+    assert said(engine) == pytest.approx(want, abs=1e-5)
+    assert not any(ticket.ended.is_set() for ticket in talking)

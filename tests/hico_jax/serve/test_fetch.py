@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -74,6 +77,8 @@ class Wire:
     def close(self) -> None:
         pass
 
+    give_up = close
+
 
 def test_redirects_are_checked_like_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     names(monkeypatch, a_example=["93.184.216.34"], b_example=["127.0.0.1"])
@@ -93,3 +98,27 @@ def test_redirects_are_checked_like_addresses(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(MediaError, match=message):
             get(path)
     assert set(Wire.opened) == {"93.184.216.34"}
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\n\r\n", b""], ids=["body", "head"])
+def test_who_sends_drop_by_drop_is_given_up(head: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every drop comes in time, so no timeout of a single read ends it."""
+    monkeypatch.setattr(fetch, "public_address", lambda host, port: "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip() -> None:
+            wire, _ = server.accept()
+            with wire, contextlib.suppress(OSError):
+                wire.recv(1 << 16)
+                wire.sendall(head)
+                for _ in range(200):
+                    wire.sendall(b"x")
+                    time.sleep(0.05)
+
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        began = time.monotonic()
+        with pytest.raises(MediaError, match="took too long"):
+            fetch.fetch(f"http://a.example:{server.getsockname()[1]}/", hosts=("a.example",), most=1000, seconds=0.4)
+        assert time.monotonic() - began < 5
+        thread.join(20)

@@ -115,12 +115,18 @@ def test_a_film_is_asked_about(phone: bool, browser: Any, served: Served, films:
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_mistakes_are_said_on_the_page(browser: Any, served: Served, tmp_path: pathlib.Path) -> None:
+def test_mistakes_are_said_on_the_page(
+    browser: Any, served: Served, films: list[pathlib.Path], tmp_path: pathlib.Path
+) -> None:
     page = browser.new_page()
     page.goto(served.url)
     (tmp_path / "notes.mp4").write_text("only words")
     page.set_input_files("#file", tmp_path / "notes.mp4")
     page.get_by_text("this is a text file, not a film").wait_for(timeout=10_000)
+    (tmp_path / "broken.mp4").write_bytes(films[0].read_bytes()[:400])
+    page.set_input_files("#file", tmp_path / "broken.mp4")
+    page.locator("#state", has_text="broken.mp4: ").wait_for(timeout=20_000)
+    assert page.evaluate("state.file") is None  # or every question would be about a film that cannot be read
     page.evaluate(LONG)
     edge = "Math.round(document.getElementById('line').{}.getBoundingClientRect().right)"
     assert page.evaluate(edge.format("lastElementChild")) <= page.evaluate(edge.format("parentElement"))
