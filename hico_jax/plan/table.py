@@ -34,7 +34,8 @@ STAGES = {
     "4 high resolution": ("configs.stage4_highres", ("umt_hd_qwen2_7b",)),
 }  # fmt: skip
 SLICES = ("v5e:4x8", "v5e:8x8", "v5p:2x2x4", "v5p:4x4x4", "v6e:4x4", "v6e:8x8")
-RECOMMENDED = ("v5p:2x2x4", "v6e:4x4")  # the smallest that every stage fits; of v6e the InternVL models need 8x8
+RECOMMENDED = {"v5p": "v5p:2x2x4", "v6e": "v6e:4x4"}  # the smallest that every stage fits
+OF_INTERNVL = RECOMMENDED | {"v6e": "v6e:8x8"}  # rows of 65,536 tokens
 LONG = (  # topology, tokens of one row, what a recomputed layer keeps
     ("v5p:4x4x4", 1 << 20, "nothing"),
     ("v5p:4x4x4", 1 << 20, "attention"),
@@ -87,7 +88,17 @@ def rows() -> Iterator[Row]:
             for name in SLICES:
                 topology = Topology.parse(name)
                 fitted, mesh = recommend(experiment, topology, shape)
-                yield Row(stage, fitted, topology, mesh, shape, name in RECOMMENDED)
+                yield Row(stage, fitted, topology, mesh, shape, name in recommended(model))
+
+
+def recommended(model: str) -> tuple[str, ...]:
+    """The slices to rent for a released model: of each chip, the smallest that holds all its stages.
+
+    Example:
+      >>> recommended("internvl_hico_r16")
+      ('v5p:2x2x4', 'v6e:8x8')
+    """
+    return tuple((OF_INTERNVL if model.startswith("internvl") else RECOMMENDED).values())
 
 
 def find(part: str) -> Row:
