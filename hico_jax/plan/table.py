@@ -140,15 +140,22 @@ def compiled(row: Row) -> dict[str, Any]:
     return c.record(found)
 
 
-def compile_all(path: pathlib.Path = RECORDS, *, only: str = "", again: bool = False) -> None:
-    """Compile every marked row whose key holds `only` and that has no record yet, or all of them again."""
+def compile_all(
+    path: pathlib.Path = RECORDS, *, only: str = "", again: bool = False, placed: bool = False
+) -> None:  # fmt: skip
+    """Compile every marked row whose key holds `only` and that has no record yet, or all of them again.
+
+    With `placed` only until all buffers have their place: a minute or two of the many that code takes.
+    """
+    from hico_jax.plan import buffers
+
     known = records(path)
     for row in rows():
-        done = row.key in known and not known[row.key].get("of_schedule")
+        done = row.key in known and (placed or known[row.key].get("code", True))
         if not row.marked or only not in row.key or (done and not again):
             continue
         print(f"compiling {row.key} ...", flush=True)
-        known[row.key] = compiled(row)
+        known[row.key] = buffers.of_row(row.key) if placed else compiled(row)
         print(f"  {known[row.key]['peak_gib']} GiB a chip, {known[row.key]['compile_s']} s", flush=True)
         path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
@@ -177,7 +184,7 @@ def line(row: Row, known: Mapping[str, Mapping[str, Any]]) -> str:
     usable = chip.memory * USABLE
     record = known.get(row.key)
     said = "" if record is None else f"{record['peak_gib']:.1f}{_warn(record['peak_gib'] * 2**30 > usable)}"
-    said += " *" if record and record.get("of_schedule") else ""
+    said += "" if record is None or record.get("code", True) else " *"
     name = f"{row.shape.clips * 4:,} frames" if row.shape.rows == 1 else f"{row.name}, {row.experiment.model_name}"
     mfu = found.flops / (found.step_s * row.topology.count * chip.peak)
     hours = found.step_s * row.topology.count / 3.6
