@@ -27,6 +27,17 @@ def of_row(key: str, *, limit_s: float = 3600.0) -> dict[str, Any]:
     """Compile the row of this key until the compiler has placed all buffers.
 
     Raises:
+      ValueError: as `reports`.
+    """
+    began = time.monotonic()
+    found = reports(key, limit_s=limit_s)
+    return read(*found) | {"compile_s": round(time.monotonic() - began, 1), "code": False}
+
+
+def reports(key: str, *, limit_s: float = 3600.0) -> tuple[str, str, str]:
+    """What the compiler wrote of a row until then: report of memory, list of buffers, program.
+
+    Raises:
       ValueError: the compiler failed, or placed nothing within `limit_s` seconds.
     """
     began = time.monotonic()
@@ -46,7 +57,7 @@ def of_row(key: str, *, limit_s: float = 3600.0) -> dict[str, Any]:
         finally:
             child.kill()
             child.wait()
-        return read(*found) | {"compile_s": round(time.monotonic() - began, 1), "code": False}
+        return found
 
 
 def _reports(folder: pathlib.Path) -> tuple[str, str, str] | None:

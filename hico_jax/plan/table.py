@@ -35,7 +35,7 @@ STAGES = {
 }  # fmt: skip
 SLICES = ("v5e:4x8", "v5e:8x8", "v5p:2x2x4", "v5p:4x4x4", "v6e:4x4", "v6e:8x8")
 RECOMMENDED = {"v5p": "v5p:2x2x4", "v6e": "v6e:4x4"}  # the smallest that every stage fits
-OF_INTERNVL = RECOMMENDED | {"v6e": "v6e:8x8"}  # rows of 65,536 tokens
+OF_INTERN = RECOMMENDED | {"v6e": "v6e:8x8"}  # rows of 65,536 tokens; a tower of 1.1 billion, 30.5 GiB of 4x4's 32
 LONG = (  # topology, tokens of one row, what a recomputed layer keeps
     ("v5p:4x4x4", 1 << 20, "nothing"),
     ("v5p:4x4x4", 1 << 20, "attention"),
@@ -98,7 +98,7 @@ def recommended(model: str) -> tuple[str, ...]:
       >>> recommended("internvl_hico_r16")
       ('v5p:2x2x4', 'v6e:8x8')
     """
-    return tuple((OF_INTERNVL if model.startswith("internvl") else RECOMMENDED).values())
+    return tuple((OF_INTERN if model.startswith("intern") else RECOMMENDED).values())
 
 
 def find(part: str) -> Row:
