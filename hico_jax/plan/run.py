@@ -27,6 +27,7 @@ OWN = {
     "table": bool,
     "only": str,
     "again": bool,
+    "placed": bool,
     "write": str,
 }
 
@@ -81,11 +82,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _table(own: dict[str, Any]) -> int:
-    """`--table [--compile [--only=PART] [--again]] [--write=PAGE]`: the tables of docs/scale.md."""
+    """`--table [--compile [--only=PART] [--again] [--placed]] [--write=PAGE]`: the tables of docs/scale.md."""
     from hico_jax.plan import table
 
     if own.get("compile"):
-        table.compile_all(only=own.get("only", ""), again=bool(own.get("again")))
+        table.compile_all(only=own.get("only", ""), again=bool(own.get("again")), placed=bool(own.get("placed")))
     if "write" in own:
         table.write(pathlib.Path(own["write"]))
     else:

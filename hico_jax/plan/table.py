@@ -34,7 +34,8 @@ STAGES = {
     "4 high resolution": ("configs.stage4_highres", ("umt_hd_qwen2_7b",)),
 }  # fmt: skip
 SLICES = ("v5e:4x8", "v5e:8x8", "v5p:2x2x4", "v5p:4x4x4", "v6e:4x4", "v6e:8x8")
-RECOMMENDED = ("v5p:2x2x4", "v6e:4x4")  # the smallest that every stage fits; of v6e the InternVL models need 8x8
+RECOMMENDED = {"v5p": "v5p:2x2x4", "v6e": "v6e:4x4"}  # the smallest that every stage fits
+OF_INTERN = RECOMMENDED | {"v6e": "v6e:8x8"}  # rows of 65,536 tokens; a tower of 1.1 billion, 30.5 GiB of 4x4's 32
 LONG = (  # topology, tokens of one row, what a recomputed layer keeps
     ("v5p:4x4x4", 1 << 20, "nothing"),
     ("v5p:4x4x4", 1 << 20, "attention"),
@@ -87,7 +88,17 @@ def rows() -> Iterator[Row]:
             for name in SLICES:
                 topology = Topology.parse(name)
                 fitted, mesh = recommend(experiment, topology, shape)
-                yield Row(stage, fitted, topology, mesh, shape, name in RECOMMENDED)
+                yield Row(stage, fitted, topology, mesh, shape, name in recommended(model))
+
+
+def recommended(model: str) -> tuple[str, ...]:
+    """The slices to rent for a released model: of each chip, the smallest that holds all its stages.
+
+    Example:
+      >>> recommended("internvl_hico_r16")
+      ('v5p:2x2x4', 'v6e:8x8')
+    """
+    return tuple((OF_INTERN if model.startswith("intern") else RECOMMENDED).values())
 
 
 def find(part: str) -> Row:
@@ -129,15 +140,22 @@ def compiled(row: Row) -> dict[str, Any]:
     return c.record(found)
 
 
-def compile_all(path: pathlib.Path = RECORDS, *, only: str = "", again: bool = False) -> None:
-    """Compile every marked row whose key holds `only` and that has no record yet, or all of them again."""
+def compile_all(
+    path: pathlib.Path = RECORDS, *, only: str = "", again: bool = False, placed: bool = False
+) -> None:  # fmt: skip
+    """Compile every marked row whose key holds `only` and that has no record yet, or all of them again.
+
+    With `placed` only until all buffers have their place: a minute or two of the many that code takes.
+    """
+    from hico_jax.plan import buffers
+
     known = records(path)
     for row in rows():
-        done = row.key in known and not known[row.key].get("of_schedule")
+        done = row.key in known and (placed or known[row.key].get("code", True))
         if not row.marked or only not in row.key or (done and not again):
             continue
         print(f"compiling {row.key} ...", flush=True)
-        known[row.key] = compiled(row)
+        known[row.key] = buffers.of_row(row.key) if placed else compiled(row)
         print(f"  {known[row.key]['peak_gib']} GiB a chip, {known[row.key]['compile_s']} s", flush=True)
         path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
@@ -166,7 +184,7 @@ def line(row: Row, known: Mapping[str, Mapping[str, Any]]) -> str:
     usable = chip.memory * USABLE
     record = known.get(row.key)
     said = "" if record is None else f"{record['peak_gib']:.1f}{_warn(record['peak_gib'] * 2**30 > usable)}"
-    said += " *" if record and record.get("of_schedule") else ""
+    said += "" if record is None or record.get("code", True) else " *"
     name = f"{row.shape.clips * 4:,} frames" if row.shape.rows == 1 else f"{row.name}, {row.experiment.model_name}"
     mfu = found.flops / (found.step_s * row.topology.count * chip.peak)
     hours = found.step_s * row.topology.count / 3.6

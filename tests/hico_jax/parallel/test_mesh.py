@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -47,3 +49,27 @@ def test_sizes_are_worked_out_for_devices_that_are_not_here() -> None:
         MeshConfig(fsdp=3, slices=2).fitted(8)
     with pytest.raises(ValueError, match=r"5 devices are not 2 equal slices"):
         MeshConfig(slices=2).fitted(5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh is made from, of a v6e that is not here."""
+
+    id: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v6 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+@pytest.mark.parametrize("sizes", [(32, 2), (2, 32), (8, 8), (64, 1)])
+def test_a_side_of_the_torus_may_be_split(sizes: tuple[int, int]) -> None:
+    """The two that share a row are neighbours; JAX alone refuses 32 x 2 chips of 8 x 8."""
+    chips = [Chip(8 * y + x, (x, y, 0)) for y in range(8) for x in range(8)]
+    mesh = make_mesh(MeshConfig(1, *sizes, 1), chips)
+    assert mesh.devices.shape == (1, *sizes, 1)
+    assert {chip.id for chip in mesh.devices.flat} == set(range(64))
+    if sizes == (32, 2):
+        for one, other in mesh.devices.reshape(sizes):
+            assert sum(abs(a - b) for a, b in zip(one.coords, other.coords, strict=True)) == 1

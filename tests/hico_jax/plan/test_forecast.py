@@ -54,13 +54,17 @@ def test_adapters_are_planned_as_they_train() -> None:
 
 
 def test_forecasts_are_near_what_the_compiler_says() -> None:
-    """Every row of the tables that was compiled to its end."""
-    left = {key: record for key, record in table.records().items() if not record.get("of_schedule")}
+    """Every row of the tables that was compiled, to its end or as far as buffers."""
+    left = table.records()
     assert len(left) >= 4
     for row in itertools.takewhile(lambda _: left, table.rows()):
         record = left.pop(row.key, None)
         if record is not None:
-            assert row.forecast().peak / 2**30 == pytest.approx(record["peak_gib"], rel=0.04), row.key
+            short = 1 - row.forecast().peak / 2**30 / record["peak_gib"]
+            if record.get("code", True):
+                assert abs(short) <= 0.04, row.key
+            else:  # gaps between buffers are in the record; and rows that need little are forecast 10 to 14 % short
+                assert -0.04 <= short <= 0.15, row.key
     assert not left, "records of rows that are in no table"
 
 

@@ -8,6 +8,7 @@ import pathlib
 import pytest
 
 from hico_jax.plan import table
+from hico_jax.plan.forecast import USABLE
 
 
 def test_every_row_has_a_line_and_what_was_compiled_is_shown(tmp_path: pathlib.Path) -> None:
@@ -45,6 +46,19 @@ def test_only_rows_without_a_record_are_compiled(tmp_path: pathlib.Path, monkeyp
     assert set(table.records(records)) == set(seen)
 
 
-def test_every_stage_is_compiled_somewhere() -> None:
-    marked = {(row.name, row.experiment.model_name) for row in table.rows() if row.marked}
-    assert {(stage, model) for stage, (_, models) in table.STAGES.items() for model in models} < marked
+def test_every_stage_of_every_model_fits_the_slices_recommended_for_it() -> None:
+    """By forecast, and by the compiler where it was asked."""
+    known, every = table.records(), [row for row in table.rows() if row.name in table.STAGES]
+    fits = lambda row: row.forecast().peak <= row.topology.chip.memory * USABLE
+    marked = {(row.name, row.experiment.model_name, row.topology.name): row for row in every if row.marked}
+    for stage, (_, models) in table.STAGES.items():
+        for model in models:
+            assert {name.split(":")[0] for name in table.recommended(model)} == {"v5p", "v6e"}
+            for name in table.recommended(model):
+                row = marked.pop((stage, model, name))
+                assert fits(row), row.key
+                if row.key in known:
+                    assert known[row.key]["peak_gib"] * 2**30 <= row.topology.chip.memory * USABLE, row.key
+    assert not marked
+    smaller = table.find("internvl_hico_r16 | v6e:4x4")
+    assert not fits(smaller), "of v6e the InternVL models need no more than the others"
