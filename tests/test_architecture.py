@@ -136,7 +136,7 @@ TESTED_ELSEWHERE = {
     "hico_jax/serve/prompts.py": "tests/hico_jax/serve/test_session.py",
     "hico_jax/serve/saved.py": "tests/hico_jax/serve/test_session.py",
     "hico_jax/serve/pool.py": "tests/hico_jax/serve/test_engine.py",
-    "hico_jax/serve/media.py": "tests/hico_jax/serve/test_app.py",
+    "hico_jax/serve/programs.py": "tests/hico_jax/serve/test_warming.py",
     "hico_jax/serve/protocol.py": "tests/hico_jax/serve/test_app.py",
     "hico_jax/serve/bodies.py": "tests/hico_jax/serve/test_app.py",
     "hico_jax/serve/replies.py": "tests/hico_jax/serve/test_app.py",

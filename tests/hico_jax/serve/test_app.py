@@ -328,36 +328,6 @@ def test_who_hangs_up_is_not_answered_further(served: Served, monkeypatch: pytes
     assert served.engine.counts.requests["cancelled"] == before + 1
 
 
-def test_a_film_taken_away_while_it_is_read_is_not_kept(
-    served: Served, films: list[pathlib.Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = served.store
-    item = store.put(films[1].read_bytes() + b"gone", "", "a.mp4")
-    film = store._film
-    monkeypatch.setattr(store, "_film", lambda *args: (film(*args), store.remove(item))[0])
-    assert store.see(item).uid
-    assert not [key for key in store.encoded if key[0] == item.id]
-    assert not store.under_way
-
-
-def test_the_same_bytes_twice_at_once_are_kept_once(
-    served: Served, films: list[pathlib.Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store, keep, data = served.store, served.store.keep, films[1].read_bytes() + b"twice"
-    other: list[Any] = []
-
-    def slow(part: pathlib.Path, owner: str, name: str) -> Any:
-        monkeypatch.setattr(store, "keep", keep)
-        other.append(store.put(data, owner, name))  # it comes between
-        return keep(part, owner, name)
-
-    monkeypatch.setattr(store, "keep", slow)
-    kept = len(store.items)
-    assert store.put(data, "", "a") is other[0]
-    assert len(store.items) == kept + 1
-    assert len(list(store.folder.iterdir())) == len(store.items)
-
-
 def test_who_asks_too_often_is_told_when_to_come_back(make_model: Callable[..., Model], tmp_path: pathlib.Path) -> None:
     """Each key has a rate of its own; wrong keys count against the address; health is never refused."""
     served = Served(make_model(), tmp_path, api_keys=("one", "two"), rate=20)  # two at once
