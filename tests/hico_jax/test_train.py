@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -176,7 +177,9 @@ def instants(folder: pathlib.Path, number: int, moments: int) -> list[pathlib.Pa
     What a stopped process leaves on disk is what SIGKILL would leave then. There are about ninety operations.
     """
     rng, workdir, found = np.random.default_rng(0), folder / "killed", list[pathlib.Path]()
-    chosen = sorted(rng.choice(np.arange(1, 86), number, replace=False).tolist())
+    edges = np.linspace(1, 85, number - moments + 1).astype(int)  # all three saves have their share
+    chosen = [int(rng.integers(low, high)) for low, high in itertools.pairwise(edges)]
+    chosen += range(85, 85 + moments)  # for moments that fall on an operation
     between = sorted(rng.integers(1, number, moments).tolist())  # so many stops come before each moment
     process = subprocess.Popen(
         [sys.executable, "-c", STOPPED.format(tests=str(pathlib.Path(__file__).parent)), str(workdir),
@@ -188,7 +191,7 @@ def instants(folder: pathlib.Path, number: int, moments: int) -> list[pathlib.Pa
         _, status = os.waitpid(process.pid, os.WUNTRACED)
         assert os.WIFSTOPPED(status), f"it ended with {os.waitstatus_to_exitcode(status)}"
         passed += 1
-        if passed == number:  # a moment may fall on an operation: then fewer are left
+        if passed == number:
             break
         found.append(folder / str(len(found)))
         shutil.copytree(workdir, found[-1])
