@@ -1,6 +1,6 @@
 """Programs compiled ahead: at once what a first answer needs, the rest while people ask already.
 
-XLA takes a second or more for each of some sixty. They are compiled from shapes alone, so nothing runs, no lane is
+XLA takes a second or so for each of a hundred. They are compiled from shapes alone, so nothing runs, no lane is
 touched, and a thread may do it whenever the engine has nothing to do; a request that comes before its turn compiles
 what it needs.
 
