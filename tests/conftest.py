@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib.util
 import json
 import os
 import pathlib
@@ -21,13 +22,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 # Programs here run once or twice on small arrays: making them fast costs more than it gives. Of what is left of a
 # compilation, fusions lowered through MLIR were three quarters: XLA's older emitter does without, where it is still
-# there (an unknown flag ends the process). Both workers have a core each: no program is cut up for several threads.
-# Commands inherit it.
+# there. The TPU compiler reads the flags too and does not know that one; an unknown flag ends the process. Both workers
+# have a core each: no program is cut up for several threads. Commands inherit it.
 os.environ["XLA_FLAGS"] = " ".join([
-    "--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1",
-    *(["--xla_cpu_use_fusion_emitters=false"] if version("jaxlib").startswith("0.10.") else []),
-    os.environ.get("XLA_FLAGS", ""),
+    "--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1", os.environ.get("XLA_FLAGS", ""),
 ]).strip()  # fmt: skip
+if version("jaxlib").startswith("0.10.") and importlib.util.find_spec("libtpu") is None:
+    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false " + os.environ["XLA_FLAGS"]
 
 import jax
 import numpy as np

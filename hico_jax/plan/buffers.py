@@ -43,7 +43,8 @@ def reports(key: str, *, limit_s: float = 3600.0) -> tuple[str, str, str]:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="hico_buffers_") as name, tempfile.TemporaryFile("w+") as said:
         folder = pathlib.Path(name)
-        env = os.environ | {"TMPDIR": name}  # where the child's compiler writes
+        # Where the child's compiler writes; and this process may have asked the compiler before, and hold its lock.
+        env = os.environ | {"TMPDIR": name, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
         child = subprocess.Popen([sys.executable, "-c", CHILD, key], env=env, stdout=said, stderr=said)
         try:
             while not (found := _reports(folder)):
