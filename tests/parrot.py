@@ -27,7 +27,8 @@ class Parrot:
         if self.stop_after is not None and len(self.asked) >= self.stop_after:
             raise KeyboardInterrupt
         self.asked.append(item.id)
-        said = hashlib.sha256(f"{item.prompt}{seen}".encode()).digest()[0]
+        name = pathlib.Path(seen).name  # where the tests keep it is another place in every run
+        said = hashlib.sha256(f"{item.prompt}{name}".encode()).digest()[0]
         if item.span is not None:
             return runner.Reply(f"The event happens in the {said % 3}.0 - {said % 5 + 3}.0 seconds.")
         return runner.Reply(("A", "B.", "(C)", "I do not know", "")[said % 5], {"frames": 8})
